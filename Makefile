@@ -1,0 +1,49 @@
+# Every target sets up .venv from nothing: pinned packages, native build, editable install.
+#   make demo    a real photo through CAT, pictures in demo/
+#   make test    the test suite
+#   make check   ruff, ruff-format, clang-format, mypy
+#   make bench   the benchmarks of the README
+#   make wheel   one abi3 wheel and the sdist in dist/
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(NATIVE)
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check bench wheel clean
+
+demo: $(READY)
+	$(BIN)/python -m xattn_ops demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m xattn_ops bench ipsa cpsa --blocks --models $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy xattn_ops models benchmarks
+
+wheel: $(READY)
+	XATTN_BUILD_NATIVE=1 $(BIN)/python -m build --no-isolation --outdir dist .
+
+# Tools first, for the build runs without isolation: it must see the torch that will load it.
+$(VENV)/.tools: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet setuptools wheel ninja torch numpy
+	touch $@
+
+$(READY): $(VENV)/.tools setup.py $(NATIVE)
+	XATTN_BUILD_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info xattn_ops/*.so $(READY)

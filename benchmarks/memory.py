@@ -1,0 +1,119 @@
+"""Peak memory of one training step, as the operating system sees it.
+
+Each measurement is a process of its own: it prepares the operands, runs a small step so that code
+and thread pools are in place, asks Linux to forget the resident-set high-water mark
+(/proc/self/clear_refs), runs the step once and reads the mark (VmHWM). So everything counts: saved
+activations, gradients, library buffers and the scratch of our kernels, which no tensor statistics
+would show.
+
+    python -m xattn_ops.benchmarks.memory ipsa 0 8 float32 fused
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes a step needs beyond its operands, with the gradients and the output among them."""
+
+    operator: str
+    shape: str
+    batch: int
+    dtype: str
+    variant: str
+    peak_bytes: int
+    result_bytes: int  # output and gradients: no implementation can do with less
+    dense_bytes: int  # one attention matrix of all units
+
+
+def available() -> str:
+    """Why peak memory cannot be measured here, or ""."""
+    if not (STATUS.exists() and CLEAR.exists()):
+        return "needs Linux's /proc/self/clear_refs"
+    return ""
+
+
+def measure(
+    operator: str, stage: int, batch: int, dtype: str, variant: str, threads: int | None = None
+) -> Peak:
+    """Run the step in a fresh process and return its peak.
+
+    Raises:
+        RuntimeError: the process failed; the message carries its last line.
+    """
+    command = [sys.executable, "-m", __name__, operator, str(stage), str(batch), dtype, variant]
+    if threads is not None:
+        command.append(str(threads))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"the memory run of {operator} ({variant}) failed: {last}")
+    return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def peak_of_step(operator: str, stage: int, batch: int, dtype: str, variant: str) -> Peak:
+    """Measure in this process, which should be fresh: memory it has freed before hides a peak."""
+    from xattn_ops.benchmarks import cases
+
+    case = cases.build(operator, stage, batch, getattr(torch, dtype), cases.STEP)
+    chosen = {**case.ours, **case.plain}[variant]
+    small = cases.build(operator, stage, 1, getattr(torch, dtype), cases.STEP)
+    warm = {**small.ours, **small.plain}[variant]
+    warm.step(torch.ones_like(warm.forward()))
+    with torch.no_grad():
+        shape = (batch, *warm.forward().shape[1:])
+    grad = torch.ones(shape, dtype=case.dtype)
+    del small, warm
+    gc.collect()
+    _give_back()
+    before = _status("VmRSS")
+    CLEAR.write_text("5")
+    results = chosen.step(grad)
+    peak = _status("VmHWM") - before
+    return Peak(
+        operator=case.operator,
+        shape=case.shape,
+        batch=batch,
+        dtype=dtype,
+        variant=variant,
+        peak_bytes=peak,
+        result_bytes=sum(t.numel() * t.element_size() for t in results),
+        dense_bytes=case.dense_bytes,
+    )
+
+
+def _give_back() -> None:
+    """Return freed heap to the system (glibc), so that the step pays for what it takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(key: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in {STATUS}")
+
+
+def main(arguments: list[str]) -> None:
+    operator, stage, batch, dtype, variant, *threads = arguments
+    if threads:
+        torch.set_num_threads(int(threads[0]))
+    print(json.dumps(asdict(peak_of_step(operator, int(stage), int(batch), dtype, variant))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

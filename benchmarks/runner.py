@@ -1,0 +1,229 @@
+"""Runs cases: the correctness gate, then the interleaved timing, then the ratios, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn_ops.benchmarks.cases import FORWARD, Case, Variant
+from xattn_ops.benchmarks.roofline import Roofline
+from xattn_ops.benchmarks.timing import MAX_SPREAD, MAX_WAITED, Timing, interleaved
+
+FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0  # times the same-dtype eager formulation's error
+FLOOR = 4.0  # units of the dtype's eps at the largest value: a rounding or two is free
+STEP_FLOPS = 3  # a step is the forward and two products for each of its products
+
+
+@dataclass(frozen=True)
+class Check:
+    """Largest errors against float64, ours and the plain formulation's, of the worst tensor."""
+
+    tensor: str
+    error: float
+    plain_error: float
+    allowed: float
+    passed: bool
+
+
+@dataclass
+class Row:
+    """One measured case; `refused` says why it has no ratios."""
+
+    operator: str
+    shape: str
+    batch: int
+    dtype: str
+    direction: str
+    variant: str
+    check: Check
+    timing: Timing | None = None
+    baselines: dict[str, Timing] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    gflops: float = 0.0
+    gbps: float = 0.0
+    roofline_share: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    best: str = ""
+    best_ratio: float | None = None
+    refused: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        timings = {name: timing.to_dict() for name, timing in self.baselines.items()}
+        own = self.timing.to_dict() if self.timing else None
+        return {**asdict(self), "timing": own, "baselines": timings}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure, and how noisy a measurement may be."""
+
+    budget: float = 2.0
+    min_rounds: int = 7
+    max_spread: float = MAX_SPREAD
+    max_waited: float = MAX_WAITED
+    compile: bool = True
+
+
+def run(case: Case, settings: Settings, roofline: Roofline) -> list[Row]:
+    """Check and time one case.
+
+    Returns:
+        A row for each of our variants. Where the check fails nothing is timed; where the
+        machine was busy (samples spread wider than `settings.max_spread`, or threads waited for
+        a core longer than `settings.max_waited`) times are given and ratios are not.
+    """
+    torch.compiler.reset()  # shapes of the last case must not make this one dynamic
+    grad, expected, eager = _expected(case)
+    skipped: dict[str, str] = {}
+    ours: dict[str, Callable[[], object]] = {}
+    rows: list[Row] = []
+    main = next(iter(case.ours))
+    for name, variant in case.ours.items():
+        if name != main and not settings.compile:
+            continue
+        try:  # a compiled variant owes what the compiled plain formulation does
+            same = eager if name == main else _results(case.plain["compile"], case, grad)
+            check = compare(_results(variant, case, grad), same, expected)
+        except Exception as error:  # a compiler that is not there; our own kernel has no excuse
+            if name == main:
+                raise
+            skipped[name] = _first_line(error)
+            continue
+        row = _row(case, name, check)
+        rows.append(row)
+        if check.passed:
+            ours[name] = _call(variant, case, grad)
+    if main not in ours:
+        return rows
+    plain = {}
+    for name, variant in case.plain.items():
+        if not settings.compile and name in ("compile", "flex"):
+            skipped[name] = "left out"
+            continue
+        run_once = _call(variant, case, grad)
+        try:
+            run_once()
+        except Exception as error:  # the baseline's own limits are a finding, not a failure
+            skipped[name] = _first_line(error)
+            continue
+        plain[name] = run_once
+    timings = interleaved({**ours, **plain}, budget=settings.budget, min_rounds=settings.min_rounds)
+    for row in rows:
+        row.skipped = skipped
+        if row.variant in ours:
+            row.timing = timings[row.variant]
+            row.baselines = {name: timings[name] for name in plain}
+            _rate(row, case, expected[0], roofline)
+            _judge(row, settings)
+    return rows
+
+
+def compare(results: list[Tensor], plain: list[Tensor], expected: list[Tensor]) -> Check:
+    """Ours against float64, in units of what the same-dtype plain formulation loses.
+
+    Returns:
+        The check of the tensor that comes nearest to its limit, or is furthest beyond it.
+    """
+    worst: tuple[float, Check] | None = None
+    for i, (ours, same, exact) in enumerate(zip(results, plain, expected, strict=True)):
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+        factor = GRADIENT_FACTOR if i else FORWARD_FACTOR
+        plain_error = _max_error(same, exact)
+        allowed = factor * plain_error + FLOOR * torch.finfo(ours.dtype).eps * scale
+        error = _max_error(ours, exact)
+        passed = ours.shape == exact.shape and error <= allowed  # NaN fails
+        share = error / allowed if passed and allowed else (0.0 if passed else float("inf"))
+        name = f"gradient {i - 1}" if i else "output"
+        if worst is None or share > worst[0]:
+            worst = share, Check(name, error, plain_error, allowed, passed)
+    assert worst is not None
+    return worst[1]
+
+
+def _expected(case: Case) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradient to feed in, float64 results, eager results of the case's dtype."""
+    out = case.oracle.forward()
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator).to(case.dtype)
+    eager = next(iter(case.plain.values()))
+    return grad, _results(case.oracle, case, grad.double()), _results(eager, case, grad)
+
+
+def _results(variant: Variant, case: Case, grad: Tensor) -> list[Tensor]:
+    if case.direction == FORWARD:
+        return [variant.forward()]
+    return list(variant.step(grad))
+
+
+def _call(variant: Variant, case: Case, grad: Tensor) -> Callable[[], object]:
+    if case.direction == FORWARD:
+        return variant.forward
+    return lambda: variant.step(grad)
+
+
+def _row(case: Case, variant: str, check: Check) -> Row:
+    row = Row(
+        operator=case.operator,
+        shape=case.shape,
+        batch=case.batch,
+        dtype=str(case.dtype).removeprefix("torch."),
+        direction=case.direction,
+        variant=variant,
+        check=check,
+    )
+    if not check.passed:
+        row.refused = (
+            f"wrong result: {check.tensor} is off by {check.error:.3g}, allowed {check.allowed:.3g}"
+        )
+    return row
+
+
+def _rate(row: Row, case: Case, out: Tensor, roofline: Roofline) -> None:
+    assert row.timing is not None
+    leaves = sum(t.numel() for t in next(iter(case.ours.values())).leaves) * case.dtype.itemsize
+    output = out.numel() * case.dtype.itemsize
+    if case.direction == FORWARD:
+        operations, traffic = 2 * case.macs, leaves + output
+    else:  # the leaves are read twice and their gradients written; the output written, its read
+        operations, traffic = 2 * STEP_FLOPS * case.macs, 3 * leaves + 2 * output
+    row.gflops = operations / row.timing.median / 1e9
+    row.gbps = traffic / row.timing.median / 1e9
+    least = roofline.least_seconds(operations, traffic, case.dtype)
+    row.roofline_share = None if least is None else least / row.timing.median
+
+
+def _judge(row: Row, settings: Settings) -> None:
+    """Ratios to the baselines, unless the machine was too busy to say."""
+    assert row.timing is not None
+    limits = settings.max_spread, settings.max_waited
+    if not row.baselines:
+        row.refused = "no baseline ran"
+        return
+    row.refused = row.timing.busy(row.variant, *limits)
+    if row.refused:
+        return
+    for name, timing in row.baselines.items():
+        if not timing.busy(name, *limits):
+            row.ratios[name] = timing.median / row.timing.median
+    best = min(row.baselines, key=lambda name: row.baselines[name].median)
+    for name, timing in row.baselines.items():
+        # a restless one might have been the best on a calm machine
+        if timing.fastest <= row.baselines[best].median and name not in row.ratios:
+            row.refused = timing.busy(name, *limits)
+            return
+    row.best, row.best_ratio = best, row.ratios[best]
+
+
+def _max_error(values: Tensor, exact: Tensor) -> float:
+    if values.shape != exact.shape:
+        return float("inf")
+    return (values.detach().double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]

@@ -1,0 +1,102 @@
+// What the host files of the CPU operators share: tensors in, plain pointers out.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <optional>
+#include <vector>
+
+#include "dtype.h"
+
+namespace xattn {
+
+using torch::stable::Tensor;
+
+// Python checks a user's arguments and says what is wrong with them. The checks of the host files
+// are the second line: they keep a direct call of torch.ops from reading wild memory.
+inline Dtype dtype_of(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "xattn_ops: dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// The tensor itself where its last dimension is dense, else a contiguous copy.
+inline Tensor dense_last(const Tensor& t) {
+  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// An uninitialised tensor of `like`'s dtype and device.
+inline Tensor empty_for(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes);
+}
+
+inline const void* data_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+inline std::optional<Tensor> contiguous_or_null(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+// Partial sums [parts, ...] of a compute type as one tensor [...] of `like`'s dtype: added in
+// double and in the order of the parts, which never depends on the number of threads.
+inline Tensor sum_parts(Tensor parts, const Tensor& like) {
+  const int64_t count = parts.size(0), each = count > 0 ? parts.numel() / count : 0;
+  const auto add = [&](auto* data) {
+    for (int64_t i = 0; i < each; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < count; ++part) sum += data[part * each + i];
+      data[i] = sum;
+    }
+  };
+  if (parts.scalar_type() == torch::headeronly::ScalarType::Double) {
+    add(parts.mutable_data_ptr<double>());
+  } else {
+    add(parts.mutable_data_ptr<float>());
+  }
+  return torch::stable::to(torch::stable::select(parts, 0, 0), like.scalar_type());
+}
+
+// The seed of a dropout mask as the two words of a Philox key.
+inline void read_seed(const std::optional<Tensor>& seed, uint32_t (&key)[2]) {
+  STD_TORCH_CHECK(seed.has_value() && seed->numel() == 1 &&
+                      seed->scalar_type() == torch::headeronly::ScalarType::Long,
+                  "xattn_ops: dropout needs `seed`, one int64");
+  const auto value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  key[0] = static_cast<uint32_t>(value);
+  key[1] = static_cast<uint32_t>(value >> 32);
+}
+
+// Aligned memory of one thread for one call, not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))) {
+    STD_TORCH_CHECK(data_ != nullptr, "xattn_ops: out of memory, ", bytes, " bytes of scratch");
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+}  // namespace xattn

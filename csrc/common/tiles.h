@@ -1,0 +1,89 @@
+// Register tiles: the small matrix products that every CPU kernel is made of.
+//
+// A policy says what one step of the inner dimension multiplies: one float, one double, or (where
+// the CPU has it) a pair of bfloat16 values in 32 bits. The tiles below are written once for all.
+#pragma once
+
+#include "simd.h"
+
+namespace xattn::XATTN_ISA {
+
+template <class T>
+struct Single {
+  using Acc = T;                   // accumulator lane
+  using Elem = T;                  // what one step of the inner dimension reads
+  using Storage = T;               // of one value in a packed operand
+  static constexpr int kStep = 1;  // values of the inner dimension in an Elem
+  XATTN_INLINE vec<T> fma(vec<T> acc, vec<T> a, vec<T> b) { return acc + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Two neighbours of the inner dimension in one 32-bit element, products summed in float.
+struct Bf16Pairs {
+  using Acc = float;
+  using Elem = uint32_t;
+  using Storage = bf16;
+  static constexpr int kStep = 2;
+  XATTN_INLINE vfloat fma(vfloat acc, vu32 a, vu32 b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+template <class M>
+using acc_vec = vec<typename M::Acc>;
+template <class M>
+constexpr int kLanesOf = Lanes<typename M::Acc>::n;
+
+// acc[r][c] += sum_k a(r, k) * b(k, c): a(r, k) = a[r * a_row + k * a_k] is one element for all
+// lanes, b(k, c) a vector of elements at b + k * b_k + c * b_col.
+template <class M, int R, int C>
+XATTN_INLINE void tile_broadcast(acc_vec<M> (&acc)[R][C], const typename M::Elem* a, int64_t a_row,
+                                 int64_t a_k, const typename M::Elem* b, int64_t b_k, int64_t b_col,
+                                 int64_t steps) {
+  for (int64_t k = 0; k < steps; ++k) {
+    decltype(load(b)) bv[C];
+    XATTN_UNROLL
+    for (int c = 0; c < C; ++c) bv[c] = load(b + k * b_k + c * b_col);
+    XATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const auto av = splat(a[r * a_row + k * a_k]);
+      XATTN_UNROLL
+      for (int c = 0; c < C; ++c) acc[r][c] = M::fma(acc[r][c], av, bv[c]);
+    }
+  }
+}
+
+// acc[r][c] += sum_k a(r, k) * b(c, k), lane by lane: both operands are vectors of elements, at
+// a + r * a_row + k * a_k and b + c * b_col + k * b_k.
+template <class M, int R, int C>
+XATTN_INLINE void tile_lanes(acc_vec<M> (&acc)[R][C], const typename M::Elem* a, int64_t a_row,
+                             int64_t a_k, const typename M::Elem* b, int64_t b_col, int64_t b_k,
+                             int64_t steps) {
+  for (int64_t k = 0; k < steps; ++k) {
+    decltype(load(a)) av[R];
+    XATTN_UNROLL
+    for (int r = 0; r < R; ++r) av[r] = load(a + r * a_row + k * a_k);
+    XATTN_UNROLL
+    for (int c = 0; c < C; ++c) {
+      const auto bv = load(b + c * b_col + k * b_k);
+      XATTN_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][c] = M::fma(acc[r][c], av[r], bv);
+    }
+  }
+}
+
+// Two float vectors as bfloat16 pairs, low half first: what Bf16Pairs multiplies.
+XATTN_INLINE vu32 pair_bf16(vfloat low, vfloat high) {
+  const vu32 lo = __builtin_convertvector(to_bf16(low), vu32);
+  const vu32 hi = __builtin_convertvector(to_bf16(high), vu32);
+  return lo | (hi << 16);
+}
+// The same from stored bfloat16.
+XATTN_INLINE vu32 pair_bf16(const bf16* low, const bf16* high) {
+  const vu32 lo = __builtin_convertvector(load_as<half_lanes>(low), vu32);
+  const vu32 hi = __builtin_convertvector(load_as<half_lanes>(high), vu32);
+  return lo | (hi << 16);
+}
+
+}  // namespace xattn::XATTN_ISA

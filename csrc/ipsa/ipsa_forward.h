@@ -1,0 +1,141 @@
+// Forward of inner-patch attention over a range of units.
+#pragma once
+
+#include "ipsa_bias.h"
+
+namespace xattn::XATTN_ISA {
+
+template <class U>
+struct Forward {
+  using S = typename U::Storage;
+  using T = typename U::T;
+  using Elem = typename U::Elem;
+  using Weight = typename U::Weight;
+
+  static int64_t scratch(const IpsaArgs& a) {
+    Arena arena{nullptr};
+    const U u{a};
+    Forward f(u, arena, a.heads);
+    return (int64_t)arena.at;
+  }
+
+  const U& u;
+  Window windows[2];
+  S* zeros;
+  Elem *queries, *keys, *values;
+  T *spill, *inverse[2], *tail, *dropout;
+  Weight* weights[2];  // of two tiles: one is made while the other is used
+  char* dense_memory;
+
+  Forward(const U& u, Arena& arena, int64_t heads) : u(u) {
+    const IpsaArgs& a = u.args;
+    windows[0] = new_window(a, arena);
+    windows[1] = new_window(a, arena);
+    zeros = arena.take<S>(2 * u.width_d());
+    queries = arena.take<Elem>(u.rows() * u.stride_d());
+    keys = arena.take<Elem>(u.stride_d() * u.columns());
+    values = arena.take<Elem>(u.steps_n() * u.width_d());
+    spill = arena.take<T>(U::kTileRows * u.columns());
+    for (auto& each : inverse) each = arena.take<T>(2 * U::L);
+    tail = arena.take<T>(round_up(u.rows(), U::L) + U::L);
+    for (auto& each : weights) each = arena.take<Weight>(U::kTileRows * u.weight_stride());
+    dropout = arena.take<T>(a.dropout_p > 0 ? (u.n() + 3) / 4 * 4 * u.weight_stride() + U::L : 0);
+    dense_memory = arena.take<char>(DenseTerms<U>::bytes(u, heads));
+  }
+
+  TokenRows<S> part(const Window& w, int64_t head, int which) const {
+    return qkv_rows<U>(u.args, w, head, which, zeros);
+  }
+
+  // Weights of a tile times its dropout factors.
+  void drop(int64_t i0, Weight* weights) const {
+    const int64_t stride = u.weight_stride();
+    for (int64_t r = 0; r < U::kTileRows && i0 + r < u.n(); ++r) {
+      for (int64_t j = 0; j < u.n(); ++j) {
+        Weight* w = weights + r * stride + j;
+        store_1(w, load_1(w) * dropout[(i0 + r) * stride + j]);
+      }
+    }
+  }
+
+  void run(const Window& w, int64_t head, const T* bias, const T* mask, const S* next_head,
+           const Window& next) const {
+    const IpsaArgs& a = u.args;
+    const auto q = part(w, head, 0), k = part(w, head, 1), v = part(w, head, 2);
+    u.gather_rows(q, queries);
+    u.gather_transposed(k, keys);
+    u.gather_values(v, values);
+    if (u.has_tail()) u.tail_products(queries, k.row(u.n() - 1), tail);
+    const typename U::Logits logits{T(a.scale * kLog2e), bias, mask, keys, tail};
+    // The softmax of a tile has long chains of dependent steps; the products of the tile before,
+    // which come after it here, fill them.
+    const auto emit = [&](int64_t tile) __attribute__((always_inline)) {
+      const int64_t i0 = tile * U::kTileRows;
+      const T* by = inverse[tile & 1];
+      S* out = (S*)a.out + head * u.d();
+      u.weighted_sum((const Elem*)weights[tile & 1], u.weight_stride() / U::kStep, 1, values,
+                     [&](int r) { return by[r]; },
+                     [&](int r, int64_t c, auto value) __attribute__((always_inline)) {
+                       if (i0 + r >= u.n() || w.pixel[i0 + r] < 0) return;
+                       store_n(out + w.pixel[i0 + r] * a.out_pixel + c, value, u.d() - c);
+                     });
+    };
+    const int64_t tiles = u.rows() / U::kTileRows;
+    for (int64_t tile = 0; tile <= tiles; ++tile) {
+      if (tile < tiles) {
+        const int64_t i0 = tile * U::kTileRows;
+        if (next_head) prefetch_tile(next_head, next, i0);
+        u.softmax_tile(logits, queries, i0, spill, weights[tile & 1], inverse[tile & 1]);
+        if (a.dropout_p > 0) drop(i0, weights[tile & 1]);
+      }
+      if (tile > 0) emit(tile - 1);
+    }
+  }
+
+  // The next unit's rows, while this one computes.
+  XATTN_MEMBER void prefetch_tile(const S* head, const Window& w, int64_t i0) const {
+    const int64_t part = u.args.channels() * (int64_t)sizeof(S);
+    const int64_t bytes = u.d() * (int64_t)sizeof(S);
+    for (int64_t t = i0; t < i0 + U::kTileRows && t < u.n(); ++t) {
+      if (w.qkv[t] < 0) continue;
+      const char* row = (const char*)(head + w.qkv[t]);
+      for (int64_t at = 0; at < bytes; at += 64) {
+        prefetch_line(row + at);
+        prefetch_line(row + at + part);
+        prefetch_line(row + at + 2 * part);
+      }
+    }
+  }
+};
+
+template <class U>
+void forward_units(const IpsaArgs& a, int64_t begin, int64_t end, void* scratch) {
+  using S = typename U::Storage;
+  const U u{a};
+  Arena arena{(char*)scratch};
+  Forward<U> f(u, arena, a.heads);
+  for (int64_t i = 0; i < 2 * u.width_d(); ++i) f.zeros[i] = S{};
+  Arena dense{f.dense_memory};
+  DenseTerms<U> terms(u, 0, a.heads, dense);
+  terms.clear();
+  const Dropout dropout = make_dropout(a);
+  int64_t located = begin / a.heads;
+  int current = 0;
+  locate(a, located, false, f.windows[0]);
+  if (located + 1 < a.windows()) locate(a, located + 1, false, f.windows[1]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t window = unit / a.heads, head = unit % a.heads;
+    if (window != located) {
+      located = window;
+      current ^= 1;
+      if (window + 1 < a.windows()) locate(a, window + 1, false, f.windows[current ^ 1]);
+    }
+    const Window& w = f.windows[current];
+    const bool same = head + 1 < a.heads;
+    const S* next = unit + 1 < end ? (const S*)a.qkv + (unit + 1) % a.heads * u.d() : nullptr;
+    if (a.dropout_p > 0) dropout_factors(u, dropout, (uint64_t)unit, f.dropout);
+    f.run(w, head, terms.bias(head), terms.mask(w.edge), next, same ? w : f.windows[current ^ 1]);
+  }
+}
+
+}  // namespace xattn::XATTN_ISA

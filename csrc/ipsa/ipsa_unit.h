@@ -1,0 +1,307 @@
+// One head of one window: gathering it, its softmax and its products, a tile of queries at a time.
+#pragma once
+
+#include "common/dropout.h"
+#include "common/tiles.h"
+#include "ipsa.h"
+#include "ipsa_window.h"
+
+namespace xattn::XATTN_ISA {
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Accumulators kRows x kMaxColumns fill the register file; 7 divides the 49 tokens of CAT.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRowsOf49 = 7, kRowsOfAny = 8;
+#else
+constexpr int kRowsOf49 = 4, kRowsOfAny = 4;
+#endif
+constexpr int kMaxColumns = 3;
+
+// Calls f(Int<C>, first) for groups of C <= kMaxColumns vectors that cover `count`.
+template <class F>
+XATTN_INLINE void for_column_groups(int64_t count, F f) {
+  for (int64_t first = 0; first < count;) {
+    const int64_t left = count - first;
+    if (left == 3 || left > 4) {
+      f(Int<3>{}, first);
+      first += 3;
+    } else if (left >= 2) {
+      f(Int<2>{}, first);
+      first += 2;
+    } else {
+      f(Int<1>{}, first);
+      first += 1;
+    }
+  }
+}
+
+// S: storage type. M: multiply policy. kTokens, kHeadDim: sizes known at compile time, or 0.
+template <class S, class M, int kRows, int kTokens, int kHeadDim>
+struct Unit {
+  using Storage = S;
+  using Multiply = M;
+  using T = typename M::Acc;
+  using Elem = typename M::Elem;
+  using Weight = typename M::Storage;  // of a softmax weight that a tile multiplies
+  using V = vec<T>;
+  static constexpr int L = kLanesOf<M>;
+  static constexpr int kTileRows = kRows;
+  static constexpr int kStep = M::kStep;
+  static constexpr bool kPairs = kStep == 2;
+  // Vectors of keys without the tail, where known: few enough stay in registers.
+  static constexpr int kColumnsKnown = kTokens ? (kTokens - (kTokens % L == 1) + L - 1) / L : 0;
+
+  const IpsaArgs& args;
+
+  int64_t n() const { return kTokens ? kTokens : args.tokens(); }
+  int64_t d() const { return kHeadDim ? kHeadDim : args.head_dim; }
+  int64_t rows() const { return round_up(n(), kRows); }  // padded queries
+  bool has_tail() const { return n() % L == 1 && n() > 1; }
+  int64_t columns() const { return round_up(n() - has_tail(), L); }  // keys in vectors
+  int64_t weight_stride() const { return round_up(max_of(n(), rows()) + 1, 2 * L); }
+  int64_t steps_d() const { return (d() + M::kStep - 1) / M::kStep; }  // inner steps over channels
+  int64_t steps_n() const { return (n() + M::kStep - 1) / M::kStep; }  // inner steps over tokens
+  int64_t stride_d() const { return round_up(steps_d(), L); }          // row of Elems
+  int64_t width_d() const { return round_up(d(), L); }                 // row of channels
+  // A dense term of the logits: [rows][columns], a vector of slack, then the tail key's column.
+  int64_t tail_at() const { return rows() * columns() + L; }
+  int64_t dense_size() const { return tail_at() + round_up(rows(), L) + L; }
+
+  // ---------------------------------------------------------------- gather
+
+  // Elements of channels [c * L * step, ...) of a row, zero beyond d.
+  static XATTN_MEMBER auto load_elems(const S* row, int64_t c, int64_t d) {
+    if constexpr (kPairs) {
+      const int64_t left = d - c * 2 * L;
+      if (left >= 2 * L) return load_as<vu32>(row + c * 2 * L);
+      uint16_t padded[2 * L] = {};
+      __builtin_memcpy(padded, row + c * 2 * L, left * sizeof(uint16_t));
+      return load_as<vu32>(padded);
+    } else {
+      return load_n(row + c * L, d - c * L);
+    }
+  }
+
+  // out[t][:] = row of token t, for tiles that broadcast it; rows beyond n are zero.
+  void gather_rows(const TokenRows<S>& tokens, Elem* out) const {
+    const int64_t stride = stride_d(), dim = d();
+    for (int64_t t = 0; t < n(); ++t) {
+      const S* row = tokens.row(t);
+      for (int64_t c = 0; c * L < stride; ++c)
+        store(out + t * stride + c * L, load_elems(row, c, dim));
+    }
+    for (int64_t t = n(); t < rows(); ++t) {
+      for (int64_t c = 0; c * L < stride; ++c) store(out + t * stride + c * L, vec<Elem>{});
+    }
+  }
+
+  // out[step][key] = element `step` of that key's row: lanes are keys. The tail key is left out.
+  void gather_transposed(const TokenRows<S>& tokens, Elem* out) const {
+    const int64_t stride = columns(), count = n() - has_tail(), dim = d();
+    for (int64_t key = 0; key < count; key += L) {
+      for (int64_t c = 0; c * L < stride_d(); ++c) {
+        vec<Elem> square[L];
+        XATTN_UNROLL
+        for (int i = 0; i < L; ++i) {
+          square[i] = key + i < count ? load_elems(tokens.row(key + i), c, dim) : vec<Elem>{};
+        }
+        transpose(square);
+        const int64_t steps = min_of<int64_t>(L, steps_d() - c * L);
+        XATTN_UNROLL
+        for (int i = 0; i < L; ++i) {
+          if (i < steps) store(out + (c * L + i) * stride + key, square[i]);
+        }
+      }
+    }
+  }
+
+  // out[step][:] = channels of the `kStep` tokens of a step: lanes are channels.
+  void gather_values(const TokenRows<S>& tokens, Elem* out) const {
+    const int64_t stride = width_d(), dim = d();
+    for (int64_t s = 0; s < steps_n(); ++s) {
+      const S* row = tokens.row(s * M::kStep);
+      for (int64_t c = 0; c < stride; c += L) {
+        if constexpr (kPairs) {
+          const S* second = s * 2 + 1 < n() ? tokens.row(s * 2 + 1) : tokens.zeros;
+          if (dim - c >= L) {
+            store(out + s * stride + c, pair_bf16(row + c, second + c));
+          } else {
+            store(out + s * stride + c,
+                  pair_bf16(load_n(row + c, dim - c), load_n(second + c, dim - c)));
+          }
+        } else {
+          store(out + s * stride + c, load_n(row + c, dim - c));
+        }
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------- scores
+
+  // out[i] = sum over channels of rows[i] * tail key's row, for all padded queries.
+  void tail_products(const Elem* rows_in, const S* tail, T* out) const {
+    vec<Elem> key[kHeadDim ? (kHeadDim / M::kStep + L - 1) / L : 1];
+    const int64_t vectors = stride_d() / L, dim = d(), stride = stride_d();
+    if constexpr (kHeadDim > 0) {
+      for (int64_t c = 0; c < vectors; ++c) key[c] = load_elems(tail, c, dim);
+    }
+    for (int64_t i = 0; i < rows(); i += L) {
+      V sums[L] = {};
+      XATTN_UNROLL
+      for (int r = 0; r < L; ++r) {
+        if (i + r >= rows()) continue;
+        for (int64_t c = 0; c < vectors; ++c) {
+          const auto k = kHeadDim > 0 ? key[kHeadDim > 0 ? c : 0] : load_elems(tail, c, dim);
+          sums[r] = M::fma(sums[r], load(rows_in + (i + r) * stride + c * L), k);
+        }
+      }
+      fold_each<Add>(sums, out + i);
+    }
+  }
+
+  static XATTN_MEMBER V exp2(V x) {
+    if constexpr (kPairs) {
+      return exp2_nonpositive_rough(x);
+    } else {
+      return exp2_nonpositive(x);
+    }
+  }
+
+  struct Logits {
+    T scale;           // times log2 e
+    const T* bias;     // dense [rows][columns], then the tail column
+    const T* mask;     // the same layout, or null
+    const Elem* keys;  // [steps_d][columns]
+    T* tail;           // [rows] products with the tail key
+  };
+
+  // Logits of a tile of queries in powers of two, and the softmax of each row: unnormalised weights
+  // into `weights` (row stride weight_stride), the reciprocals of their sums into `inverse`.
+  template <class W>  // Weight in the forward, T in the backward
+  XATTN_MEMBER void softmax_tile(const Logits& logits, const Elem* queries, int64_t i0, T* spill,
+                                 W* weights, T* inverse) const {
+    const int64_t columns = this->columns(), stride = weight_stride();
+    const T* bias = logits.bias + i0 * columns;
+    const T* mask = logits.mask ? logits.mask + i0 * columns : nullptr;
+    alignas(64) T top[2 * L], tails[2 * L], sums[2 * L];  // per row of the tile
+    alignas(64) W tail_weights[2 * L];
+
+    // From the logits of each row, given as vectors by logit(r, c), to its weights.
+    const auto softmax = [&](auto vectors, auto logit) __attribute__((always_inline)) {
+      V rows[kRows];
+      XATTN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        rows[r] = logit(r, 0);
+        XATTN_UNROLL
+        for (int64_t c = 1; c < vectors; ++c) rows[r] = vmax(rows[r], logit(r, c));
+      }
+      fold_each<Max>(rows, top);
+      if (has_tail()) {
+        const int64_t at = tail_at() + i0;
+        XATTN_UNROLL
+        for (int r = 0; r < kRows; r += L) {
+          V tail = load(logits.tail + i0 + r) * logits.scale + load(logits.bias + at + r);
+          if (mask) tail += load(logits.mask + at + r);
+          store(tails + r, tail);
+          store(top + r, vmax(load(top + r), tail));
+        }
+      }
+      XATTN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const V highest = splat(top[r]);
+        rows[r] = V{};
+        XATTN_UNROLL
+        for (int64_t c = 0; c < vectors; ++c) {
+          const V e = exp2(logit(r, c) - highest);
+          rows[r] += e;
+          store(weights + r * stride + c * L, e);
+        }
+      }
+      fold_each<Add>(rows, sums);
+    };
+
+    constexpr int kColumns = kColumnsKnown;
+    if constexpr (kColumns > 0 && kColumns <= kMaxColumns) {
+      V acc[kRows][kColumns] = {};
+      tile_broadcast<M>(acc, queries + i0 * stride_d(), stride_d(), 1, logits.keys, columns, L,
+                        steps_d());
+      XATTN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        XATTN_UNROLL
+        for (int c = 0; c < kColumns; ++c) {
+          acc[r][c] = acc[r][c] * logits.scale + load(bias + r * columns + c * L);
+        }
+      }
+      if (mask) {
+        XATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          XATTN_UNROLL
+          for (int c = 0; c < kColumns; ++c) acc[r][c] += load(mask + r * columns + c * L);
+        }
+      }
+      softmax(kColumns, [&](int r, int64_t c) __attribute__((always_inline)) { return acc[r][c]; });
+    } else {
+      for_column_groups(columns / L, [&](auto group, int64_t first) __attribute__((always_inline)) {
+        constexpr int C = decltype(group)::value;
+        V acc[kRows][C] = {};
+        tile_broadcast<M>(acc, queries + i0 * stride_d(), stride_d(), 1, logits.keys + first * L,
+                          columns, L, steps_d());
+        XATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          XATTN_UNROLL
+          for (int c = 0; c < C; ++c) {
+            const int64_t at = r * columns + (first + c) * L;
+            V logit = acc[r][c] * logits.scale + load(bias + at);
+            if (mask) logit += load(mask + at);
+            store(spill + at, logit);
+          }
+        }
+      });
+      softmax(columns / L, [&](int r, int64_t c) __attribute__((always_inline)) {
+        return load(spill + r * columns + c * L);
+      });
+    }
+
+    XATTN_UNROLL
+    for (int r = 0; r < kRows; r += L) {
+      V sum = load(sums + r);
+      if (has_tail()) {
+        const V e = exp2(load(tails + r) - load(top + r));
+        store(tail_weights + r, e);
+        sum += e;
+      }
+      store(inverse + r, 1 / sum);
+    }
+    XATTN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if (has_tail()) weights[r * stride + columns] = tail_weights[r];
+      if (kPairs && n() % 2 == 1) weights[r * stride + n()] = W{};  // fills the last pair
+    }
+  }
+
+  // ---------------------------------------------------------------- products over tokens
+
+  // out(row, channels) = factor(row) * sum over steps of a(row, step) * values(step, channels) for
+  // kRows rows; `a` strided as tile_broadcast takes it.
+  template <class Factor, class Out>
+  XATTN_MEMBER void weighted_sum(const Elem* a, int64_t a_row, int64_t a_step, const Elem* values,
+                                 Factor factor, Out out) const {
+    for_column_groups(width_d() / L, [&](auto group, int64_t first) __attribute__((always_inline)) {
+      constexpr int C = decltype(group)::value;
+      V acc[kRows][C] = {};
+      tile_broadcast<M>(acc, a, a_row, a_step, values + first * L, width_d(), L, steps_n());
+      XATTN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const T by = factor(r);
+        XATTN_UNROLL
+        for (int c = 0; c < C; ++c) out(r, (first + c) * L, acc[r][c] * by);
+      }
+    });
+  }
+};
+
+}  // namespace xattn::XATTN_ISA

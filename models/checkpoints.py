@@ -1,0 +1,83 @@
+"""Loading of official checkpoints into our models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoadReport(NamedTuple):
+    """What `load_official` left aside."""
+
+    ignored: list[str]  # keys of the checkpoint that the model has no use for
+    kept: list[str]  # keys of the model that keep the values they had
+
+
+def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
+    """Copy an official checkpoint's weights into `model`.
+
+    Args:
+        model: from `create_model`.
+        state_dict: the official state dict, or a checkpoint that holds it under "state_dict" or
+            "model"; a "module." prefix is dropped. Position embeddings are reshaped between the
+            classifier's and the backbone's layout and resized bicubically to the model's image
+            size. Index buffers are compared with the model's rule and dropped. A classifier's
+            checkpoint may go into a features_only model.
+
+    Returns:
+        Which keys were ignored and which of the model's kept their values; both are empty where
+        checkpoint and model are of one kind.
+
+    Raises:
+        TypeError: where the checkpoint holds no tensors.
+        ValueError: listing every missing, unexpected and misshaped key; the model is unchanged.
+    """
+    adapt = getattr(model, "adapt_official", None)
+    if adapt is None:
+        raise TypeError(f"{type(model).__name__} is not a model of this library")
+    state, optional = adapt(_unwrap(state_dict))
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    misshaped = [
+        f"{key} (checkpoint {list(state[key].shape)}, model {list(own[key].shape)})"
+        for key in sorted(own.keys() & state.keys())
+        if state[key].shape != own[key].shape
+    ]
+    report = LoadReport(
+        [key for key in unexpected if key.startswith(optional)],
+        [key for key in missing if key.startswith(optional)],
+    )
+    problems = {
+        "missing": [key for key in missing if key not in report.kept],
+        "unexpected": [key for key in unexpected if key not in report.ignored],
+        "misshaped": misshaped,
+    }
+    if any(problems.values()):
+        lists = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+        raise ValueError("the checkpoint does not fit the model; " + "; ".join(lists))
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    return report
+
+
+def resize_positions(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic resize of [1, C, h, w] to [1, C, *size]; itself where the size is right already."""
+    if tuple(grid.shape[-2:]) == size:
+        return grid
+    return F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+
+
+def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"state_dict is a {type(checkpoint).__name__}; a dict of tensors is needed")
+    wrong = [k for k, v in checkpoint.items() if not (isinstance(k, str) and torch.is_tensor(v))]
+    if wrong:
+        raise TypeError(f"state_dict holds something other than tensors under {wrong[:5]}")
+    return {key.removeprefix("module."): value for key, value in checkpoint.items()}

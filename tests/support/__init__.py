@@ -1,0 +1,1 @@
+"""What the tests of all operators share: cases, the oracle and its tolerance."""

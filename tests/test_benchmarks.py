@@ -1,0 +1,390 @@
+"""The benchmark runner: it times what is right, on a calm machine, and says so otherwise."""
+
+import json
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from xattn_ops import CrossPatchAttention, InnerPatchAttention, cli, inner_patch_attention
+from xattn_ops.benchmarks import baselines, cases, memory, report, roofline, runner, timing
+from xattn_ops.benchmarks.cases import FORWARD, STEP, Stage
+from xattn_ops.benchmarks.roofline import Roofline
+from xattn_ops.benchmarks.timing import Timing
+from xattn_ops.cpsa import cross_patch_attention_reference
+from xattn_ops.ipsa import inner_patch_attention_reference
+
+TINY = Stage(6, 9, 8, 2, window=(3, 3))
+QUICK = runner.Settings(budget=0.01, min_rounds=3, compile=False, max_spread=1e9, max_waited=1e9)
+ROOF = Mock(spec=Roofline, **{"least_seconds.return_value": 1e-9})
+OPERATORS = list(cases.BUILDERS)
+
+
+def tiny(operator, direction=FORWARD, dtype=torch.float32):
+    return cases.BUILDERS[operator](TINY, 2, dtype, direction)
+
+
+def calm(seconds, **changes):
+    return replace(Timing(seconds, seconds, 0.01 * seconds, 9, 1, 1), **changes)
+
+
+def timed_as(monkeypatch, **timings):
+    """Let the runner measure the given timings; the variants must be those."""
+
+    def interleaved(variants, **_):
+        assert set(variants) == set(timings)
+        return timings
+
+    monkeypatch.setattr(runner, "interleaved", interleaved)
+
+
+# ---------------------------------------------------------------------------------------- timing
+
+
+def test_every_variant_runs_in_every_round_in_order():
+    calls = []
+    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timings = timing.interleaved(
+        variants, budget=0, min_rounds=4, max_rounds=9, sample_seconds=0, warmup=2
+    )
+    assert calls == ["a", "a", "b", "b", "c", "c"] + ["a", "b", "c"] * 4
+    assert list(timings) == ["a", "b", "c"]
+    assert all(t.rounds == 4 and t.calls_per_round == 1 for t in timings.values())
+
+
+def test_rounds_go_on_until_the_budget_is_spent_and_not_beyond_the_most():
+    timings = timing.interleaved({"a": int}, budget=1e9, max_rounds=7, sample_seconds=0)
+    assert timings["a"].rounds == 7
+
+
+def test_a_short_call_is_repeated_within_a_sample():
+    calls = []
+    timings = timing.interleaved(
+        {"a": lambda: calls.append(0)}, budget=0, min_rounds=2, sample_seconds=10, warmup=1
+    )
+    assert timings["a"].calls_per_round == 1000
+    assert len(calls) == 1 + 2 * 1000
+
+
+def test_spread_is_the_interquartile_range_over_the_median():
+    measured = Timing.from_samples([1.0, 2.0, 3.0, 4.0, 5.0], 1)
+    assert (measured.median, measured.fastest, measured.iqr) == (3.0, 1.0, 2.0)
+    assert measured.to_dict()["spread"] == pytest.approx(2 / 3)
+
+
+def test_the_number_of_threads_is_set_recorded_and_given_back():
+    before = torch.get_num_threads()
+    with timing.thread_count(1) as threads:
+        assert threads == torch.get_num_threads() == 1
+        assert timing.interleaved({"a": int}, budget=0, sample_seconds=0)["a"].threads == 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"variants": {}}, "variants must name", id="nothing"),
+        pytest.param({"variants": {"a": int}, "min_rounds": 1}, "min_rounds=1", id="one-round"),
+        pytest.param({"variants": {"a": int}, "max_rounds": 3}, "max_rounds=3", id="max-below-min"),
+    ],
+)
+def test_timing_refuses_what_gives_no_median(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timing.interleaved(**arguments)
+
+
+# ------------------------------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("make_core", [baselines.eager_core, baselines.sdpa_core])
+def test_plain_ipsa_is_the_reference(make_core):
+    qkv, table = torch.randn(2, 6, 8, 24).double(), torch.randn(3 * 7, 4).double()
+    expected = inner_patch_attention_reference(qkv, table, num_heads=4, window=(2, 4))
+    from_table = baselines.ipsa_table(make_core, 4, (2, 4))(qkv, table)
+    bias = baselines.gather_bias(table, baselines.relative_index(2, 4))
+    from_dense = baselines.ipsa_dense(make_core, 4, (2, 4))(qkv, bias)
+    torch.testing.assert_close(from_table, expected)
+    torch.testing.assert_close(from_dense, expected)
+
+
+def test_flex_ipsa_is_the_reference():
+    qkv, table = torch.randn(1, 4, 4, 96), torch.randn(7 * 7, 2)
+    expected = inner_patch_attention_reference(qkv, table, num_heads=2, window=(4, 4))
+    bias = baselines.gather_bias(table, baselines.relative_index(4, 4))
+    actual = baselines.ipsa_dense(baselines.flex_core, 2, (4, 4))(qkv, bias)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("attend", [baselines.attend_eager, baselines.attend_sdpa])
+def test_plain_cpsa_is_the_reference(attend):
+    shapes = [(2, 4, 9, 5), (18, 6), (18,), (6, 6), (6,)]
+    operands = [torch.randn(shape).double() for shape in shapes]
+    expected = cross_patch_attention_reference(*operands, patch=(2, 3))
+    torch.testing.assert_close(baselines.cpsa(attend, (2, 3))(*operands), expected)
+
+
+def test_a_plain_copy_computes_the_same_and_leaves_the_model_alone():
+    modules = [InnerPatchAttention(8, 2, (3, 3)), CrossPatchAttention((3, 3))]
+    model = torch.nn.Sequential(*modules).double()
+    plain = baselines.plain_copy(model)
+    x = torch.randn(2, 6, 6, 8).double()
+    torch.testing.assert_close(plain(x), model(x))
+    assert [type(m) for m in plain] == [baselines.PlainInnerPatch, baselines.PlainCrossPatch]
+    assert [type(m) for m in model] == [InnerPatchAttention, CrossPatchAttention]
+
+
+def test_plain_linears_are_those_of_torch_and_only_within(monkeypatch):
+    monkeypatch.setattr(baselines._linear, "PREFER_ONEDNN", True)
+    with baselines.plain_linears():
+        assert not baselines._linear.PREFER_ONEDNN
+    assert baselines._linear.PREFER_ONEDNN
+
+
+# ---------------------------------------------------------------------------------------- runner
+
+
+@pytest.mark.parametrize("direction", [FORWARD, STEP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_each_case_passes_its_check_and_is_measured(operator, dtype, direction):
+    (row,) = runner.run(tiny(operator, direction, dtype), QUICK, ROOF)
+    assert row.check.passed, row.check
+    assert row.refused == ""
+    assert row.timing.median > 0
+    assert {"eager"} <= set(row.baselines) == set(row.ratios)
+    assert row.best_ratio == min(row.ratios.values())
+    assert row.gflops > 0 < row.gbps
+    assert row.roofline_share > 0
+    assert set(row.skipped.values()) == {"left out"}
+
+
+def test_compiled_baselines_run_where_they_are_asked_for():
+    case = tiny("ipsa")
+    (row,) = runner.run(case, replace(QUICK, compile=True), ROOF)
+    assert {"eager", "sdpa"} <= set(row.baselines)
+    assert set(row.baselines) | set(row.skipped) == set(case.plain)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_gate_trips_on_a_wrong_output(operator, monkeypatch):
+    case = tiny(operator)
+    right = case.ours["fused"]
+    wrong = replace(right, function=lambda *args: right.function(*args) * 1.01)
+    monkeypatch.setattr(runner, "interleaved", lambda *_, **__: pytest.fail("was timed"))
+    (row,) = runner.run(replace(case, ours={"fused": wrong}), QUICK, ROOF)
+    assert not row.check.passed
+    assert row.timing is None
+    assert not row.ratios
+    assert row.refused.startswith("wrong result: output is off by")
+
+
+def test_the_gate_trips_on_a_wrong_gradient(monkeypatch):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, table):
+            return table.view_as(table)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.01
+
+    def wrong(qkv, table):
+        return inner_patch_attention(qkv, Scaled.apply(table), num_heads=2, window=(3, 3))
+
+    case = tiny("ipsa", STEP)
+    ours = {"fused": replace(case.ours["fused"], function=wrong)}
+    (row,) = runner.run(replace(case, ours=ours), QUICK, ROOF)
+    assert row.refused.startswith("wrong result: gradient 1 is off by")
+
+
+def test_the_gate_trips_on_nan():
+    case = tiny("cpsa")
+    ours = {"fused": replace(case.ours["fused"], function=lambda x, *_: x * float("nan"))}
+    (row,) = runner.run(replace(case, ours=ours), QUICK, ROOF)
+    assert not row.check.passed
+
+
+def test_our_own_failure_is_not_skipped():
+    case = tiny("cpsa")
+
+    def fails(*_):
+        raise RuntimeError("no kernel")
+
+    ours = {"fused": replace(case.ours["fused"], function=fails)}
+    with pytest.raises(RuntimeError, match="no kernel"):
+        runner.run(replace(case, ours=ours), QUICK, ROOF)
+
+
+def test_a_baseline_that_fails_is_named_and_left_out():
+    case = tiny("cpsa")
+
+    def fails(*_):
+        raise NotImplementedError("not on this device\nmore")
+
+    plain = {**case.plain, "sdpa": replace(case.plain["sdpa"], function=fails)}
+    (row,) = runner.run(replace(case, plain=plain), QUICK, ROOF)
+    assert row.skipped["sdpa"] == "NotImplementedError: not on this device"
+    assert "sdpa" not in row.ratios
+    assert any("sdpa did not run" in line for line in report.notes([row]))
+
+
+def test_ratios_are_of_medians_and_the_best_is_the_fastest_baseline(monkeypatch):
+    timed_as(monkeypatch, fused=calm(1.0), eager=calm(6.0), sdpa=calm(4.0))
+    (row,) = runner.run(tiny("cpsa"), runner.Settings(compile=False), ROOF)
+    assert row.ratios == {"eager": 6.0, "sdpa": 4.0}
+    assert (row.best, row.best_ratio) == ("sdpa", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "kept"),
+    [
+        pytest.param(
+            {"fused": {"iqr": 0.3}}, "spread of fused is 30%, limit 25%", set(), id="ours-spreads"
+        ),
+        pytest.param({"sdpa": {"iqr": 2.0}}, "spread of sdpa is 50%", {"eager"}, id="best-spreads"),
+        pytest.param(
+            {"eager": {"iqr": 3.0, "fastest": 3.0}},
+            "spread of eager is 50%",
+            {"sdpa"},
+            id="a-rival-might-be-faster",
+        ),
+        pytest.param(
+            {"fused": {"waited": 0.5}},
+            "threads waited for a core 50% of the time, limit 10%",
+            set(),
+            id="steadily-busy",
+        ),
+    ],
+)
+def test_a_busy_machine_gives_no_ratio(changes, reason, kept, monkeypatch):
+    timings = {"fused": calm(1.0), "eager": calm(6.0), "sdpa": calm(4.0)}
+    timings |= {name: replace(timings[name], **fields) for name, fields in changes.items()}
+    timed_as(monkeypatch, **timings)
+    (row,) = runner.run(tiny("cpsa"), runner.Settings(compile=False), ROOF)
+    assert row.best_ratio is None
+    assert set(row.ratios) == kept
+    assert row.refused.startswith("machine busy")
+    assert reason in row.refused
+    assert reason in " ".join(report.notes([row]))
+
+
+def test_a_restless_baseline_that_cannot_be_the_best_does_not_matter(monkeypatch):
+    slow = calm(6.0, iqr=3.0, fastest=5.0)
+    timed_as(monkeypatch, fused=calm(1.0), eager=slow, sdpa=calm(4.0))
+    (row,) = runner.run(tiny("cpsa"), runner.Settings(compile=False), ROOF)
+    assert row.best_ratio == 4.0
+    assert set(row.ratios) == {"sdpa"}
+
+
+# ---------------------------------------------------------------------------- roofline and memory
+
+
+def test_the_roofline_is_bound_by_arithmetic_or_by_traffic():
+    roof = Roofline()
+    roof._flops[torch.float32] = 100.0
+    roof._bandwidth[1 << 20] = 10.0
+    assert roof.least_seconds(1000, 1 << 20, torch.float32) == (1 << 20) / 10
+    assert roof.least_seconds(10**9, 1 << 20, torch.float32) == 10**7
+
+
+def test_the_roofline_is_unknown_while_the_machine_is_busy_and_tried_again(monkeypatch):
+    waited = iter([0.0, 1e9, 0.0, 1e9, 0.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(roofline, "queued_seconds", lambda: next(waited))
+    roof = Roofline(seconds=0.001)
+    assert roof.least_seconds(1, 1, torch.float32) is None
+    assert roof.to_dict() == {"gflops": {}, "copy_gbps_by_bytes": {}}
+    assert roof.least_seconds(1, 1, torch.float32) > 0
+
+
+def test_the_roofline_measures_once_for_each_power_of_two(monkeypatch):
+    monkeypatch.setattr(roofline, "queued_seconds", lambda: 0.0)
+    roof = Roofline(seconds=0.001)
+    first = roof.bandwidth((1 << 17) - 5)
+    assert roof.bandwidth((1 << 16) + 1) == first > 0
+    assert list(roof.to_dict()["copy_gbps_by_bytes"]) == [str(1 << 17)]
+    assert roof.flops(torch.float32) > 0
+
+
+@pytest.mark.skipif(bool(memory.available()), reason=memory.available())
+def test_peak_memory_counts_at_least_the_results():
+    peak = memory.measure("cpsa", 3, 2, "float32", "eager", threads=1)
+    shapes = [(2, 7, 7, 768)] * 2 + [(147, 49), (147,), (49, 49), (49,)]
+    assert peak.result_bytes == 4 * sum(torch.Size(shape).numel() for shape in shapes)
+    assert peak.result_bytes <= peak.peak_bytes < 1 << 30
+
+
+@pytest.mark.skipif(bool(memory.available()), reason=memory.available())
+def test_a_failing_memory_run_says_why():
+    with pytest.raises(RuntimeError, match=r"memory run of cpsa \(fussed\) failed: KeyError"):
+        memory.measure("cpsa", 3, 1, "float32", "fussed")
+
+
+# --------------------------------------------------------------------------------- the command
+
+
+def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
+    results, picture = tmp_path / "new" / "results.json", tmp_path / "bars.png"
+    options = ["--quick", "--stages", "3", "--batch", "1", "--threads", "1", "--budget", "0.05"]
+    status = cli.main(
+        ["bench", "ipsa", "cpsa", *options, "--json", str(results), "--plot", str(picture)]
+    )
+    assert status == 0
+    out = capsys.readouterr().out
+    assert "Quick run" in out
+    assert "ipsa_module 7x7x768" in out
+    data = json.loads(results.read_text())
+    assert data["schema"] == report.SCHEMA
+    assert data["machine"]["cpu"]
+    assert data["machine"]["cores"] >= 1
+    assert data["machine"]["threads"] == 1
+    assert data["machine"]["versions"].keys() == {"python", "torch", "numpy", "xattn_ops"}
+    assert "commit" in data["machine"]
+    assert data["roofline"].keys() == {"gflops", "copy_gbps_by_bytes"}
+    cells = {(row["operator"], row["direction"]) for row in data["rows"]}
+    assert cells == {(o, d) for o in ("ipsa", "ipsa_module", "cpsa") for d in (FORWARD, STEP)}
+    for row in data["rows"]:
+        assert row["check"]["passed"]
+        assert row["timing"]["median"] > 0
+        assert row["timing"].keys() >= {"spread", "rounds", "threads", "waited"}
+        assert row["baselines"].keys() == {"eager", "sdpa"}
+        assert (row["best_ratio"] is None) == bool(row["refused"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_markdown_has_a_line_for_each_operator_and_says_busy(monkeypatch):
+    rows = []
+    for ours in (calm(1.0), calm(2.0), calm(1.0, iqr=0.5)):
+        timed_as(monkeypatch, fused=ours, eager=calm(6.0), sdpa=calm(4.0))
+        rows += runner.run(tiny("cpsa"), runner.Settings(compile=False), ROOF)
+    timed_as(monkeypatch, fused=calm(1.0), eager=calm(3.0), sdpa=calm(4.0))
+    rows += runner.run(tiny("cpsa", STEP), runner.Settings(compile=False), ROOF)
+    assert report.markdown(rows).splitlines() == [
+        "| | shapes | fwd | fwdbwd |",
+        "|---|---|---|---|",
+        "| cpsa float32 | 6x9x8 | 4.0 / 2.0 / machine busy | 3.0 |",
+    ]
+
+
+def test_a_wrong_kernel_fails_the_command(monkeypatch, capsys):
+    right = cases.cross_patch_attention
+    monkeypatch.setattr(cases, "cross_patch_attention", lambda *a, **k: right(*a, **k) + 1)
+    options = ["--quick", "--stages", "3", "--batch", "1", "--direction", "fwd", "--budget", "0.05"]
+    assert cli.main(["bench", "cpsa", *options]) == 1
+    out = capsys.readouterr().out
+    assert "not timed: wrong result" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["ipsb"], "no operator 'ipsb'; there are ipsa, cpsa", id="operator"),
+        pytest.param(["--models", "cat_huge"], "no model 'cat_huge'; there are", id="model"),
+        pytest.param(["--batch", "0"], "--batch must be above 0, got 0", id="batch"),
+        pytest.param(["--threads", "-1"], "--threads must be above 0, got -1", id="threads"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err

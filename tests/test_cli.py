@@ -1,0 +1,255 @@
+"""The command line: info and demo, their pictures and their messages."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xattn_ops import CrossPatchAttention, InnerPatchAttention, _library, cli, info
+from xattn_ops._version import __version__
+from xattn_ops.benchmarks.runner import Check
+from xattn_ops.benchmarks.timing import Timing
+from xattn_ops.demo import measure, photo, pictures
+from xattn_ops.demo.attention import cross_patch_weights, inner_patch_weights
+from xattn_ops.demo.command import load_model
+from xattn_ops.models import create_model
+
+PNGS = {"feature_maps", "ipsa_attention", "cpsa_attention", "latency"}
+FAST = ["--batch", "1", "--seconds", "0.01"]
+
+
+# ------------------------------------------------------------------------------------------ info
+
+
+def test_info_names_versions_backends_and_what_is_missing(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"xattn_ops {__version__}" in out
+    assert f"torch {torch.__version__}" in out
+    assert "reference: yes" in out
+    assert "inner_patch_attention on cpu, float32: " in out
+    assert "cross_patch_attention on cpu, float32: " in out
+    assert ("CUDA: none" in out) or ("CUDA " in out)
+
+
+def test_info_without_the_native_library_says_why_and_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(_library, "NATIVE", False)
+    monkeypatch.setattr(_library, "REASON", "no library: install a compiler")
+    text = info.describe()
+    assert "native library: no" in text
+    assert "Missing\n  CPU kernels: no library: install a compiler" in text
+
+
+def test_info_with_the_native_library_names_the_instruction_set(monkeypatch):
+    monkeypatch.setattr(_library, "NATIVE", True)
+    monkeypatch.setattr(_library, "isa", lambda: "avx2")
+    monkeypatch.setattr(_library, "unknown_isa", lambda: "avx9000")
+    text = info.describe()
+    assert "native library: yes, CPU kernels for avx2" in text
+    assert "XATTN_ISA=avx9000 is not available here" in text
+
+
+def test_info_without_the_tools_says_how_to_get_them(monkeypatch):
+    there = info._version
+    monkeypatch.setattr(info, "_version", lambda name: None if name == "rich" else there(name))
+    text = info.describe()
+    assert "rich not installed" in text
+    assert "rich (demo, bench): pip install 'xattn_ops[tools]'" in text
+
+
+def test_info_shows_the_variables_that_steer_the_package(monkeypatch):
+    monkeypatch.setenv("XATTN_BACKEND", "reference")
+    assert "XATTN_BACKEND=reference" in info.describe()
+
+
+def test_the_module_runs_as_a_program():
+    command = [sys.executable, "-m", "xattn_ops", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"xattn_ops {__version__}"
+
+
+def test_a_missing_tool_is_named_with_the_way_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main(["demo"]) == 2
+    assert "pip install 'xattn_ops[tools]'" in capsys.readouterr().err
+
+
+def test_a_missing_module_of_ours_is_not_taken_for_a_missing_tool(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xattn_ops.demo", None)
+    with pytest.raises(ModuleNotFoundError, match=r"xattn_ops\.demo"):
+        cli.main(["demo"])
+
+
+# ------------------------------------------------------------------------------------------ demo
+
+
+def test_demo_prints_its_tables_and_writes_its_pictures(tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "RANDOM weights" in out
+    assert "grace_hopper.jpg" in out
+    assert out.count("yes") >= 8  # two operators at four stages agree
+    assert "71.05" in out  # MMACs of IPSA at stage 1 of CAT-T, by formula and by count
+    assert {path.stem for path in tmp_path.iterdir()} == PNGS
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"), dtype=float)
+        assert min(pixels.shape[:2]) > 300, path
+        assert pixels.std() > 20, path
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100, path
+
+
+def test_demo_takes_a_photo_of_any_size_and_official_weights(tmp_path, capsys):
+    torch.manual_seed(3)
+    checkpoint = tmp_path / "cat_tiny.pth"
+    torch.save({"model": create_model("cat_tiny").state_dict()}, checkpoint)
+    image = tmp_path / "odd.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 51, 3), np.uint8)).save(image)
+    arguments = [str(image), "--weights", str(checkpoint), "--size", "100", "--threads", "1"]
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path / "out"), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "official weights on odd.png (100 x 100)" in out
+    assert "random" not in out.lower()
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == PNGS
+
+
+def test_demo_fails_where_an_operator_disagrees(tmp_path, monkeypatch, capsys):
+    right = CrossPatchAttention.forward
+
+    def wrong(self, x):
+        return right(self, x) * (1 if self.backend == "reference" else 1.01)
+
+    monkeypatch.setattr(CrossPatchAttention, "forward", wrong)
+    arguments = ["demo", "--size", "64", "--out", str(tmp_path), *FAST]
+    assert cli.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "cpsa at stage 1 disagrees with its reference" in out
+    assert "ipsa at stage 1 disagrees" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["nowhere.jpg"], "no image at nowhere.jpg", id="no-image"),
+        pytest.param([__file__], "is not an image that can be read", id="not-an-image"),
+        pytest.param(["--model", "cat_huge"], "no model 'cat_huge' to show", id="model"),
+        pytest.param(["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth", id="weights"),
+        pytest.param(["--size", "8"], "--size must be at least 32 pixels, got 8", id="size"),
+        pytest.param(["--batch", "0"], "--batch must be at least 1, got 0", id="batch"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message, tmp_path, capsys):
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    checkpoint = tmp_path / "other.pth"
+    torch.save({"conv.weight": torch.zeros(1)}, checkpoint)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_model("cat_tiny", checkpoint)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    checkpoint = tmp_path / "text.pth"
+    checkpoint.write_text("weights")
+    with pytest.raises(ValueError, match=r"text\.pth is not a checkpoint that can be read"):
+        load_model("cat_tiny", checkpoint)
+
+
+def test_a_portrait_is_cropped_to_a_square_near_its_top(tmp_path):
+    pixels = np.zeros((200, 100, 3), np.uint8)
+    pixels[25:125] = 255  # a quarter of the surplus lies above the square
+    Image.fromarray(pixels).save(tmp_path / "tall.png")
+    taken = photo.load(tmp_path / "tall.png", 100)
+    assert taken.pixels.min() == 1
+    assert taken.tensor.shape == (1, 3, 100, 100)
+    white = (1 - torch.tensor(photo.MEAN)) / torch.tensor(photo.STD)
+    torch.testing.assert_close(taken.tensor[0, :, 50, 50], white)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [pytest.param(6, 10, id="whole"), pytest.param(7, 8, id="padded")]
+)
+def test_ipsa_maps_are_the_weights_of_the_module(height, width):
+    """The drawn weights times v, projected, are the module's output."""
+    module = InnerPatchAttention(8, 2, (3, 5)).double()
+    torch.nn.init.normal_(module.relative_position_bias_table)
+    x = torch.randn(2, height, width, 8).double()
+    weights = inner_patch_weights(module, x)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    rows, columns = weights.shape[1:3]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 5 * columns - width, 0, 3 * rows - height))
+    v = module.qkv(padded)[..., 16:].view(2, rows, 3, columns, 5, 2, 4)
+    v = v.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)  # [B, gh, gw, heads, N, D]
+    out = (weights @ v).unflatten(4, (3, 5)).permute(0, 1, 4, 2, 5, 3, 6)
+    out = module.proj(out.reshape(2, 3 * rows, 5 * columns, 8))[:, :height, :width]
+    torch.testing.assert_close(out, module(x))
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [pytest.param(6, 8, id="whole"), pytest.param(5, 7, id="padded")]
+)
+def test_cpsa_maps_are_the_weights_of_the_module(height, width):
+    module = CrossPatchAttention((3, 4)).double()
+    x = torch.randn(2, height, width, 3).double()
+    weights = cross_patch_weights(module, x)  # [B, C, T, T]
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 8 - width, 0, 6 - height))
+    tokens = padded.view(2, 2, 3, 2, 4, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 4, 12)
+    out = module.proj(weights @ module.qkv(tokens)[..., 24:]).view(2, 3, 2, 2, 3, 4)
+    out = out.permute(0, 2, 4, 3, 5, 1).reshape(2, 6, 8, 3)[:, :height, :width]
+    torch.testing.assert_close(out, module(x))
+
+
+def test_maps_of_several_heads_are_their_mean():
+    module = CrossPatchAttention((2, 2), num_heads=2)
+    weights = cross_patch_weights(module, torch.randn(1, 4, 4, 3))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 3, 4))
+
+
+def test_maps_of_shifted_windows_are_refused():
+    module = InnerPatchAttention(8, 2, (4, 4), shift=(2, 2))
+    with pytest.raises(ValueError, match="without a shift"):
+        inner_patch_weights(module, torch.zeros(1, 8, 8, 8))
+
+
+def test_capture_finds_the_first_of_each_operator_in_every_stage():
+    model = load_model("cat_tiny", None)
+    captured, features = measure.capture(model, torch.zeros(1, 3, 64, 64))
+    found = [(one.operator, one.stage, one.shape) for one in captured]
+    shapes = ["16x16x64", "8x8x128", "4x4x256", "2x2x512"]
+    expected = [(o, i, s) for o in ("ipsa", "cpsa") for i, s in enumerate(shapes, start=1)]
+    assert found == expected
+    assert len(features) == 4
+    assert captured[0].module is model.layers[0].pre_ipsa_blocks[0].attn
+    assert not captured[0].module._forward_pre_hooks
+
+
+def test_principal_colours_are_in_range_whatever_the_map():
+    colours = pictures.principal_colours(torch.randn(8, 5, 6))
+    assert colours.shape == (5, 6, 3)
+    assert colours.min() >= 0
+    assert colours.max() <= 1
+    flat = pictures.principal_colours(torch.zeros(2, 1, 2))  # fewer than three components
+    assert flat.shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("fused", "faster"),
+    [
+        pytest.param({}, "3.0x", id="calm"),
+        pytest.param({"iqr": 0.9}, "busy", id="spread"),
+        pytest.param({"waited": 0.9}, "busy", id="waited"),
+    ],
+)
+def test_the_demo_gives_no_ratio_on_a_busy_machine(fused, faster):
+    eager, ours = Timing(3.0, 3.0, 0.1, 9, 1, 1), Timing(1.0, 1.0, 0.1, 9, 1, 1)
+    check = Check("output", 0, 0, 0, True)
+    one = measure.Measured(None, check, 1, 1, 1, replace(ours, **fused), eager)
+    assert one.faster == faster

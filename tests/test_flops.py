@@ -1,0 +1,108 @@
+"""The papers' closed forms, and the count of what a model executes."""
+
+import pytest
+import torch
+from torch import nn
+
+from xattn_ops import CrossPatchAttention, InnerPatchAttention, flops
+from xattn_ops.models import create_model
+
+
+def test_the_paper_s_own_figures():
+    """CAT, section 3.1: at H = W = 56, C = 96, N = 7 eq. 1-3 give 2.0, 0.15 and 0.1 G."""
+    assert flops.msa(56, 56, 96) == 4 * 56**2 * 96**2 + 2 * 56**4 * 96
+    assert flops.msa(56, 56, 96) / 1e9 == pytest.approx(2.0, abs=0.05)
+    assert flops.ipsa(56, 56, 96, 7) == 4 * 56**2 * 96**2 + 2 * 49 * 56**2 * 96
+    assert flops.ipsa(56, 56, 96, 7) / 1e9 == pytest.approx(0.15, abs=0.005)
+    assert flops.cpsa(56, 56, 96, 7) == 4 * 49 * 56**2 * 96 + 2 * (56**2 // 7) ** 2 * 96
+    assert flops.cpsa(56, 56, 96, 7) / 1e9 == pytest.approx(0.1, abs=0.005)
+
+
+def test_one_window_over_the_map_is_plain_attention():
+    assert flops.ipsa(5, 9, 32, (5, 9)) == flops.msa(5, 9, 32)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window"),
+    [
+        pytest.param(14, 14, (7, 7), id="whole-windows"),
+        pytest.param(12, 10, (3, 5), id="rectangular"),
+        pytest.param(9, 11, (4, 4), id="padded"),
+        pytest.param(3, 2, (7, 7), id="smaller-than-a-window"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_formula_equals_count_for_ipsa(height, width, window, backend):
+    module = InnerPatchAttention(16, 2, window, backend=backend)
+    counted = flops.count(module, (3, height, width, 16))[""]
+    assert counted == 3 * flops.ipsa(height, width, 16, window)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "patch", "heads"),
+    [
+        pytest.param(14, 21, (7, 7), 1, id="whole-patches"),
+        pytest.param(12, 10, (3, 5), 3, id="rectangular-multi-head"),
+        pytest.param(9, 11, (4, 4), 1, id="padded"),
+        pytest.param(7, 7, (7, 7), 1, id="one-patch"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_formula_equals_count_for_cpsa(height, width, patch, heads, backend):
+    module = CrossPatchAttention(patch, heads, backend=backend)
+    counted = flops.count(module, (2, height, width, 5))[""]
+    assert counted == 2 * flops.cpsa(height, width, 5, patch)
+
+
+@pytest.mark.parametrize(
+    ("name", "gmacs"),
+    [
+        pytest.param("cat_tiny", 2.7705, id="tiny"),
+        pytest.param("cat_small", 6.0632, id="small"),
+        pytest.param("cat_base", 8.9281, id="base"),
+    ],
+)
+def test_count_of_whole_models_equals_that_of_the_official_code(name, gmacs):
+    counted = flops.count(create_model(name), (1, 3, 224, 224))[""]
+    assert counted / 1e9 == pytest.approx(gmacs, abs=5e-5)
+
+
+def test_count_gives_each_module_its_share_and_its_parents_the_sum():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 10)), nn.ReLU()
+    )
+    macs = flops.count(model, (2, 3, 8, 8))
+    conv, linear = 2 * 64 * 4 * 27, 2 * 256 * 10
+    assert macs == {"": conv + linear, "0": conv, "1": linear, "1.1": linear}
+
+
+def test_count_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+    model[1].eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flops.count(model, (2, 4))
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_count_restores_the_mode_when_the_model_fails():
+    model = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="shapes"):
+        flops.count(model, (2, 5))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        pytest.param(lambda: flops.msa(0, 7, 8), "height must be a positive", id="height"),
+        pytest.param(lambda: flops.ipsa(7, 7.0, 8), "width must be .* got 7.0", id="float"),
+        pytest.param(lambda: flops.ipsa(7, 7, 8, (7, 0)), "window columns", id="window"),
+        pytest.param(lambda: flops.cpsa(7, 7, 8, -1), "patch rows must .* got -1", id="patch"),
+    ],
+)
+def test_bad_sizes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

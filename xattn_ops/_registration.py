@@ -1,0 +1,248 @@
+"""Everything PyTorch wants to know about a leaf op, given in one place.
+
+A leaf op is a native kernel without an autograd formula; an `autograd.Function` outside calls it.
+All leaf ops follow one convention, from which the rules below are derived:
+
+- an argument is batched (its first axis is the batch) or a weight, shared by the whole batch;
+- a return is batched, or the gradient of a weight, summed over the batch, empty where the weight
+  was None;
+- `seed`, where given, numbers the attention matrices through the whole batch for dropout.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._library import NATIVE, REASON
+
+_LIBRARY = torch.library.Library("xattn_ops", "FRAGMENT")
+
+
+def missing(*ops: str) -> str:
+    """Why the native library cannot run these ops; "" where it can."""
+    if not NATIVE:
+        return REASON
+    absent = [op for op in ops if not hasattr(torch.ops.xattn_ops, op)]
+    return (
+        f"the native library is older than this package: no {', '.join(absent)}" if absent else ""
+    )
+
+
+def register(
+    name: str,
+    *,
+    batched: Sequence[str],
+    returns_batched: Sequence[bool] = (True,),
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+) -> None:
+    """Give the op `name` its fake kernel and its vmap, autocast, FLOP and sharding rules.
+
+    batched: the names of its batched arguments. returns_batched: the same of its returns, in
+    order. fake: its arguments -> empty outputs. flops: its arguments, shapes in place of tensors
+    -> floating-point operations, 2 to a multiply-add. Does nothing where the op does not exist.
+    """
+    if missing(name):
+        return
+    packet = getattr(torch.ops.xattn_ops, name)
+    torch.library.register_fake(f"xattn_ops::{name}", fake, lib=_LIBRARY)
+    _register_vmap(packet.default, batched, returns_batched)
+    _register_autocast(packet.default, name)
+    register_flop_formula(packet)(lambda *args, out_shape=None, **_: flops(*args))
+    if torch.distributed.is_available():
+        _register_sharding(packet.default, batched, returns_batched)
+
+
+def fixed_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the `forward` of a Function: `apply` looks its signature up at every call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
+
+
+class _Backward(torch.autograd.Function):
+    """A leaf op that computes gradients and says so when someone differentiates it again.
+
+    torch's `once_differentiable` keeps silent where grad_out needs no gradient, as in a gradient
+    penalty: the second derivative would be missing without an error.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @fixed_signature
+    def forward(op: Callable[..., Any], *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op} cannot be differentiated: the kernels give first derivatives only. For "
+            "second derivatives call the function with backend='reference'"
+        )
+
+
+def backward_once(op: Callable[..., Any], *args: Any) -> Any:
+    """`op(*args)` inside a `backward`; differentiating its results raises."""
+    if torch.compiler.is_compiling():  # compiled graphs refuse a second derivative themselves
+        return op(*args)
+    return apply(_Backward, op, *args)
+
+
+def untracked(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors runs eagerly and nobody can ask for its derivative."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in tensors
+    )
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, or only its forward where that is all one can see of it.
+
+    A Function costs tens of microseconds a call, as much as a kernel on a small map.
+    """
+    if untracked(*(a for a in args if isinstance(a, Tensor))):
+        return function.forward(*args)
+    return function.apply(*args)
+
+
+def positions(op: torch._ops.OpOverload, names: Sequence[str]) -> list[int]:
+    """Where the arguments of these names stand."""
+    order = [argument.name for argument in op._schema.arguments]
+    return [order.index(name) for name in names]
+
+
+def drops(op: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
+    """Whether this call has a seed, and so drops attention weights."""
+    names = [argument.name for argument in op._schema.arguments]
+    return "seed" in names and args[names.index("seed")] is not None
+
+
+# ------------------------------------------------------------------------------------------ vmap
+
+
+def _register_vmap(
+    op: torch._ops.OpOverload, batched: Sequence[str], returns_batched: Sequence[bool]
+) -> None:
+    """Fold the mapped axis into the batch where that changes nothing; call once a slice otherwise.
+
+    It changes the result where a weight is mapped too, where a return sums over the batch, and
+    under dropout, whose counter numbers the batch.
+    """
+    places = positions(op, batched)
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        mapped = [place for place, dim in enumerate(in_dims) if dim is not None]
+        if all(returns_batched) and not drops(op, args) and set(mapped) <= set(places):
+            return _folded(op, info.batch_size, places, in_dims, args), _like(op, 0)
+        calls = [
+            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(torch.stack(slices) for slices in zip(*calls, strict=True)), _like(op, 0)
+
+    torch.library.register_vmap(op, rule, lib=_LIBRARY)
+
+
+def _folded(
+    op: torch._ops.OpOverload,
+    size: int,
+    places: Sequence[int],
+    in_dims: Sequence[int | None],
+    args: Sequence[Any],
+) -> Any:
+    """One call on [size * B, ...] in place of `size` calls on [B, ...]."""
+    flat = list(args)
+    for place in places:
+        dim = in_dims[place]
+        whole = args[place].expand(size, *args[place].shape) if dim is None else args[place]
+        flat[place] = whole.movedim(dim or 0, 0).flatten(0, 1)
+    out = op(*flat)
+    if isinstance(out, Tensor):
+        return out.unflatten(0, (size, -1))
+    return tuple(part.unflatten(0, (size, -1)) for part in out)
+
+
+def _like(op: torch._ops.OpOverload, dim: int) -> Any:
+    """`dim` in the structure of the op's returns."""
+    returns = len(op._schema.returns)
+    return dim if returns == 1 else (dim,) * returns
+
+
+# -------------------------------------------------------------------------------------- autocast
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Under autocast, all floating tensors in its dtype, as for linear layers and SDPA.
+
+    A float64 among them keeps them all as they are, as autocast does. The public functions cast
+    before anything else, so that gradients return in the dtypes that came.
+    """
+    floating = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    if not floating or any(t.dtype == torch.float64 for t in floating):
+        return tensors
+    device = floating[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+    )
+
+
+def _register_autocast(op: torch._ops.OpOverload, name: str) -> None:
+    """The same rule for who calls the leaf op itself."""
+    for device in ("CPU", "CUDA"):
+
+        def rule(*args: Any, device: str = device.lower()) -> Any:
+            cast = autocast(*args)
+            with torch.autocast(device, enabled=False):
+                return op(*cast)
+
+        _LIBRARY.impl(name, rule, f"Autocast{device}")
+
+
+# ---------------------------------------------------------------------------------------- sharding
+
+
+def _register_sharding(
+    op: torch._ops.OpOverload, batched: Sequence[str], returns_batched: Sequence[bool]
+) -> None:
+    """Everything replicated, or the batch split and the weights' gradients partial sums.
+
+    Dropout numbers the whole batch, so there only replicas agree with one device.
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    places = positions(op, batched)
+
+    def tensors(args: Sequence[Any], placement: Callable[[int], Any]) -> list[Any]:
+        return [placement(i) if hasattr(a, "placements") else None for i, a in enumerate(args)]
+
+    @register_sharding(op)
+    def rule(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+        replicated = (
+            [Replicate() for _ in returns_batched],
+            tensors(args, lambda place: Replicate()),
+        )
+        split = (
+            [Shard(0) if is_batched else Partial() for is_batched in returns_batched],
+            tensors(args, lambda place: Shard(0) if place in places else Replicate()),
+        )
+        return [replicated] if drops(op, args) else [replicated, split]

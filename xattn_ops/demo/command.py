@@ -1,0 +1,179 @@
+"""The order of the demo, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from xattn_ops import _library
+from xattn_ops.benchmarks.timing import thread_count
+from xattn_ops.demo import measure, photo, pictures
+from xattn_ops.models import create_model, list_models, load_official
+
+POINT = (0.345, 0.56)  # row, column of the chosen pixel and patch as fractions: a portrait's face
+KEY = "red: more than an even share of attention, blue: less"
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Run the demo; the exit status is 1 if an operator disagrees with its reference.
+
+    Raises:
+        ValueError: an image, model or checkpoint that cannot be used.
+    """
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    picture = photo.load(args.image, args.size)
+    model = load_model(args.model, args.weights)
+    said = "official weights" if args.weights else "RANDOM weights"
+    console.print(
+        f"[bold]{args.model}[/] with {said} on {picture.name} "
+        f"({picture.size} x {picture.size}), kernels: {_library.isa() or 'none, reference only'}"
+    )
+    if not args.weights:
+        console.print(
+            "[yellow]The weights are random: accuracy and speed are real, but the pictures show an "
+            "untrained network. Give --weights FILE for a trained one."
+        )
+    with thread_count(args.threads) as threads:
+        captured, features = measure.capture(model, picture.tensor)
+        measured = _measure(captured, args.batch, args.seconds, console)
+    console.print(_agreement(measured))
+    console.print(_work(measured, args.batch, threads))
+    about = f"{args.model}, {said}"
+    assert isinstance(features, list | tuple)
+    if any(one.faster == "busy" for one in measured):
+        console.print("[yellow]The machine is busy with something else: no ratio where it says so.")
+    for path in draw(picture, captured, features, measured, args.out, about):
+        console.print(f"wrote {path}")
+    wrong = [one.captured for one in measured if not one.check.passed]
+    for one in wrong:
+        console.print(f"[red]{one.operator} at stage {one.stage} disagrees with its reference")
+    return 1 if wrong else 0
+
+
+def load_model(name: str, weights: Path | None) -> nn.Module:
+    """The feature extractor of that name in eval mode, seeded where there are no weights.
+
+    Raises:
+        ValueError: no such model or checkpoint.
+    """
+    known = [model for model in list_models() if model.startswith("cat_")]
+    if name not in known:
+        raise ValueError(f"no model {name!r} to show; there are {', '.join(known)}")
+    torch.manual_seed(0)
+    model: nn.Module = create_model(name, features_only=True)
+    if weights is not None:
+        if not weights.is_file():
+            raise ValueError(f"no checkpoint at {weights}")
+        try:
+            state: dict[str, Any] = torch.load(weights, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{weights} is not a checkpoint that can be read: {error}") from error
+        load_official(model, state)
+    return model.eval()
+
+
+def draw(
+    picture: photo.Photo,
+    captured: list[measure.Captured],
+    features: list[Tensor] | tuple[Tensor, ...],
+    measured: list[measure.Measured],
+    out: Path,
+    about: str,
+) -> list[Path]:
+    """Write every PNG; returns their paths."""
+    ipsa = [one for one in captured if one.operator == "ipsa"]
+    cpsa = [one for one in captured if one.operator == "cpsa"]
+    several = [one for one in cpsa if one.x.shape[1] > one.window[0]]  # one patch: no choice
+    paths = {
+        name: out / f"{name}.png"
+        for name in ("feature_maps", "ipsa_attention", "cpsa_attention", "latency")
+    }
+    pictures.feature_maps(
+        picture, features, paths["feature_maps"], f"Feature maps of the stages ({about})"
+    )
+    pictures.inner_patch_attention_maps(
+        picture,
+        ipsa,
+        POINT,
+        paths["ipsa_attention"],
+        f"IPSA: what one pixel looks at inside its window ({about})\n{KEY}",
+    )
+    pictures.cross_patch_attention_maps(
+        picture,
+        several or cpsa,
+        POINT,
+        paths["cpsa_attention"],
+        f"CPSA: which patches one patch looks at, channel by channel ({about})\n{KEY}",
+    )
+    threads, isa = measured[0].fused.threads, _library.isa() or "reference"
+    batch_title = f"Latency on the photo's activations, {threads} threads, float32, {isa}"
+    pictures.latency_bars(measured, paths["latency"], batch_title)
+    return list(paths.values())
+
+
+def _measure(
+    captured: list[measure.Captured], batch: int, seconds: float, console: Console
+) -> list[measure.Measured]:
+    done = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(captured))
+        for one in captured:
+            progress.update(task, description=f"{one.operator} at stage {one.stage}")
+            done.append(measure.measure(one, batch, seconds))
+            progress.advance(task)
+    return done
+
+
+def _agreement(measured: list[measure.Measured]) -> Table:
+    table = Table(title="Agreement: largest error against float64, on the photo's activations")
+    for title in ("operator", "stage", "map"):
+        table.add_column(title)
+    for title in ("mean |out|", "eager float32", "xattn_ops"):
+        table.add_column(title, justify="right")
+    table.add_column("agrees")
+    for one in measured:
+        table.add_row(
+            *_where(one),
+            f"{one.magnitude:.3g}",
+            f"{one.check.plain_error:.1e}",
+            f"{one.check.error:.1e}",
+            "[green]yes" if one.check.passed else "[red]NO",
+        )
+    return table
+
+
+def _work(measured: list[measure.Measured], batch: int, threads: int) -> Table:
+    table = Table(
+        title=f"Work of one image, and time of batch {batch} with {threads} threads "
+        "(medians, interleaved)"
+    )
+    for title in ("operator", "stage", "map"):
+        table.add_column(title)
+    for title in ("paper's MMACs", "counted", "eager ms", "xattn_ops ms", "faster", "spread"):
+        table.add_column(title, justify="right")
+    for one in measured:
+        spread = max(one.fused.spread, one.eager.spread)
+        table.add_row(
+            *_where(one),
+            f"{one.formula_macs / 1e6:.2f}",
+            f"{one.counted_macs / 1e6:.2f}",
+            f"{one.eager.median * 1e3:.2f}",
+            f"{one.fused.median * 1e3:.2f}",
+            one.faster,
+            f"{spread:.0%}",
+        )
+    return table
+
+
+def _where(one: measure.Measured) -> tuple[str, str, str]:
+    return one.captured.operator.upper(), str(one.captured.stage), one.captured.shape

@@ -1,0 +1,228 @@
+"""The PNGs of the demo. matplotlib's object interface alone: no global state, no display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from xattn_ops.demo.measure import Captured, Measured
+from xattn_ops.demo.photo import Photo
+
+INK, OURS, PLAIN, MARK = "#22303c", "#0b7a75", "#b0b7bf", "#ff3b6b"
+HEAT = "RdBu_r"  # red above an even share, blue below
+
+
+def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: str) -> None:
+    """One row a stage: three principal components as colours, then the channels that vary most.
+
+    Args:
+        features: the stages' outputs, each [1, C, H, W].
+    """
+    channels = 5
+    figure = _figure(2 * (channels + 2), 2.15 * len(features) + 0.5, title)
+    grid = figure.subplots(len(features), channels + 2)
+    for stage, (row, maps) in enumerate(zip(grid, features, strict=True), start=1):
+        one = maps[0].float()
+        strongest = one.flatten(1).var(1).topk(channels).indices.sort().values.tolist()
+        _picture(row[0], photo.pixels if stage == 1 else _at(photo, one.shape[1:]))
+        _picture(row[1], principal_colours(one))
+        for axis, channel in zip(row[2:], strongest, strict=True):
+            _picture(axis, one[channel].numpy(), cmap="viridis")
+            axis.set_title(f"channel {channel}", fontsize=8, color=INK, pad=3)
+        row[0].set_ylabel(f"stage {stage}", fontsize=11, color=INK)
+        row[1].set_title(f"{one.shape[0]} channels as RGB", fontsize=8, color=INK, pad=3)
+        if stage > 1:
+            row[0].set_title(
+                f"photo at {one.shape[1]} x {one.shape[2]}", fontsize=8, color=INK, pad=3
+            )
+    _save(figure, path)
+
+
+def principal_colours(maps: Tensor) -> np.ndarray:
+    """[C, H, W] -> [H, W, 3] in [0, 1]: the first three principal components over the pixels."""
+    _, height, width = maps.shape
+    pixels = maps.flatten(1).T.double()
+    pixels = pixels - pixels.mean(0)
+    left, values, _ = torch.linalg.svd(pixels, full_matrices=False)
+    scores = F.pad(left[:, :3] * values[:3], (0, max(0, 3 - len(values))))
+    low, high = scores.quantile(0.02, 0), scores.quantile(0.98, 0)
+    colours = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return colours.view(height, width, -1).numpy()
+
+
+def inner_patch_attention_maps(
+    photo: Photo, captured: Sequence[Captured], point: tuple[float, float], path: Path, title: str
+) -> None:
+    """One row a stage: the photo with the window around `point`, then each head's weights in it.
+
+    Args:
+        captured: the IPSA modules to show.
+        point: (y, x) of the chosen pixel, as fractions of the photo.
+    """
+    heads = 4
+    figure = _figure(2.2 * (heads + 1) + 0.6, 2.35 * len(captured) + 0.5, title)
+    grid = figure.subplots(len(captured), heads + 1, squeeze=False)
+    for row, one in zip(grid, captured, strict=True):
+        weights = one.weights()[0]  # [gh, gw, heads, N, N]
+        rows, columns = one.window
+        y, x = _element(point, one.x.shape[1:3])
+        window = weights[y // rows, x // columns]
+        query = (y % rows) * columns + x % columns
+        box = _box(photo, one, (y // rows * rows, x // columns * columns), (rows, columns))
+        _picture(row[0], photo.pixels)
+        row[0].add_patch(_outline(box))
+        row[0].set_ylabel(f"stage {one.stage}", fontsize=11, color=INK)
+        row[0].set_title(f"window in {one.shape}", fontsize=8, color=INK, pad=3)
+        for head, axis in enumerate(row[1:]):
+            if head >= window.shape[0]:
+                axis.set_axis_off()
+                continue
+            heat = window[head, query].view(rows, columns).numpy()
+            _overlay(axis, photo, heat, box)
+            _mark(axis, box, (y % rows, x % columns), (rows, columns))
+            axis.set_title(_range(f"head {head}", heat), fontsize=8, color=INK, pad=3)
+    _save(figure, path)
+
+
+def cross_patch_attention_maps(
+    photo: Photo, captured: Sequence[Captured], point: tuple[float, float], path: Path, title: str
+) -> None:
+    """One row a stage: the photo with the patch at `point`, then whom it looks at in the map.
+
+    The mean over all channels comes first, then the channels whose attention is least even.
+    """
+    channels = 4
+    figure = _figure(2.2 * (channels + 2), 2.35 * len(captured) + 0.5, title)
+    grid = figure.subplots(len(captured), channels + 2, squeeze=False)
+    whole = (0.0, 0.0, float(photo.size), float(photo.size))
+    for row, one in zip(grid, captured, strict=True):
+        rows, columns = one.window
+        gh, gw = -(-one.x.shape[1] // rows), -(-one.x.shape[2] // columns)
+        y, x = _element(point, one.x.shape[1:3])
+        py, px = y // rows, x // columns
+        looks = one.weights()[0, :, py * gw + px]  # [C, T]
+        box = _box(photo, one, (py * rows, px * columns), (rows, columns))
+        _picture(row[0], photo.pixels)
+        row[0].add_patch(_outline(box))
+        row[0].set_ylabel(f"stage {one.stage}", fontsize=11, color=INK)
+        row[0].set_title(f"{gh} x {gw} patches", fontsize=8, color=INK, pad=3)
+        uneven = looks.amax(1).topk(channels).indices.sort().values.tolist()
+        panels = [("mean", looks.mean(0))] + [(f"channel {c}", looks[c]) for c in uneven]
+        for axis, (name, heat) in zip(row[1:], panels, strict=True):
+            _overlay(axis, photo, heat.view(gh, gw).numpy(), whole)
+            axis.add_patch(_outline(box))
+            axis.set_title(_range(name, heat.numpy()), fontsize=8, color=INK, pad=3)
+    _save(figure, path)
+
+
+def latency_bars(measured: Sequence[Measured], path: Path, title: str) -> None:
+    """Two bars a stage and operator, and over ours how many times faster it is."""
+    operators = list(dict.fromkeys(one.captured.operator for one in measured))
+    figure = _figure(4.8 * len(operators), 3.8, title)
+    axes = figure.subplots(1, len(operators), squeeze=False)[0]
+    for axis, operator in zip(axes, operators, strict=True):
+        rows = [one for one in measured if one.captured.operator == operator]
+        ticks = np.arange(len(rows))
+        ours = [row.fused.median * 1e3 for row in rows]
+        eager = [row.eager.median * 1e3 for row in rows]
+        axis.bar(ticks - 0.2, eager, 0.38, color=PLAIN, label="eager PyTorch")
+        axis.bar(ticks + 0.2, ours, 0.38, color=OURS, label="xattn_ops")
+        bold = {"fontsize": 9, "color": OURS, "fontweight": "bold"}
+        for tick, row, height in zip(ticks, rows, ours, strict=True):
+            axis.annotate(row.faster, (tick + 0.2, height), ha="center", va="bottom", **bold)
+        axis.set_xticks(ticks, [row.captured.shape for row in rows], fontsize=8)
+        axis.set_title({"ipsa": "IPSA with its linears", "cpsa": "CPSA"}[operator], color=INK)
+        axis.set_ylabel("ms per call")
+        axis.set_ylim(0, 1.12 * max(ours + eager))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=11, color=INK)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _picture(axis: Any, values: np.ndarray, **options: Any) -> None:
+    axis.imshow(values, **options)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def _at(photo: Photo, size: torch.Size) -> np.ndarray:
+    """The photo averaged down to a map's size."""
+    pixels = torch.from_numpy(photo.pixels).permute(2, 0, 1)[None]
+    return F.adaptive_avg_pool2d(pixels, (size[0], size[1]))[0].permute(1, 2, 0).numpy()
+
+
+def _overlay(
+    axis: Any, photo: Photo, heat: np.ndarray, box: tuple[float, float, float, float]
+) -> None:
+    """The photo in grey, cut to `box` (left, top, right, bottom), under log2 of weight to even.
+
+    Each panel has its own range, which its title gives: attention may be nearly even.
+    """
+    left, top, right, bottom = box
+    grey = photo.pixels.mean(2)
+    _picture(axis, grey, cmap="gray", vmin=0, vmax=1, extent=(0, photo.size, photo.size, 0))
+    extent = (left, right, bottom, top)
+    share = np.log2(np.maximum(heat * heat.size, 1e-6))
+    limit = max(float(np.abs(share).max()), 1e-3)
+    axis.imshow(share, cmap=HEAT, alpha=0.6, extent=extent, vmin=-limit, vmax=limit)
+    axis.set(xlim=(left, right), ylim=(bottom, top))
+
+
+def _element(point: tuple[float, float], size: torch.Size) -> tuple[int, int]:
+    """Fractions of the photo -> row and column of a map."""
+    return (
+        min(int(point[0] * size[0]), size[0] - 1),
+        min(int(point[1] * size[1]), size[1] - 1),
+    )
+
+
+def _box(
+    photo: Photo, one: Captured, start: tuple[int, int], size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom in pixels of the photo of a piece of a feature map."""
+    step_y, step_x = photo.size / one.x.shape[1], photo.size / one.x.shape[2]
+    (top, left), (rows, columns) = start, size
+    return left * step_x, top * step_y, (left + columns) * step_x, (top + rows) * step_y
+
+
+def _outline(box: tuple[float, float, float, float]) -> Rectangle:
+    left, top, right, bottom = box
+    return Rectangle((left, top), right - left, bottom - top, fill=False, ec=MARK, lw=1.8)
+
+
+def _mark(
+    axis: Any,
+    box: tuple[float, float, float, float],
+    place: tuple[int, int],
+    size: tuple[int, int],
+) -> None:
+    """Outline the chosen pixel within the window."""
+    left, top, right, bottom = box
+    width, height = (right - left) / size[1], (bottom - top) / size[0]
+    corner = (left + place[1] * width, top + place[0] * height)
+    axis.add_patch(Rectangle(corner, width, height, fill=False, ec=MARK, lw=1.8))
+
+
+def _range(name: str, heat: np.ndarray) -> str:
+    """The range of the weights, in units of an even share."""
+    share = heat * heat.size
+    return f"{name}: {share.min():.2f} to {share.max():.2f} x even"

@@ -1,0 +1,129 @@
+"""Multiply-accumulates (MACs) of the operators by the papers' formulas, and of a model by counting.
+
+The papers print MACs and call them FLOPs; one MAC is two floating-point operations. Formulas count
+the matrix products alone (no softmax, no bias, no normalisation), and so does the counter.
+
+CAT: "CAT: Cross Attention in Vision Transformer", arXiv:2106.05786.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["count", "cpsa", "ipsa", "msa"]
+
+
+def msa(height: int, width: int, channels: int) -> int:
+    """MACs of multi-head self-attention over a whole map: 4 HW C^2 + 2 (HW)^2 C (CAT eq. 1).
+
+    The first term is the qkv and output projections, the second Q K^T and the product with V. The
+    number of heads does not enter.
+
+    Args:
+        height, width: size of the map in tokens.
+        channels: width of a token.
+
+    Returns:
+        MACs of one image. ``msa(56, 56, 96)`` is 2.0 G.
+    """
+    _check_sizes(height=height, width=width, channels=channels)
+    tokens = height * width
+    return 4 * tokens * channels**2 + 2 * tokens**2 * channels
+
+
+def ipsa(height: int, width: int, channels: int, window: int | tuple[int, int] = 7) -> int:
+    """MACs of inner-patch self-attention: 4 HW C^2 + 2 N^2 HW C (CAT eq. 2).
+
+    The paper assumes that the N x N window divides the map. Where it does not, the attention
+    (second term) runs over the map padded to whole windows and is counted there; the projections
+    (first term) run over the HW real tokens.
+
+    Args:
+        height, width: size of the map in tokens.
+        channels: width of a token.
+        window: N, or (rows, columns) of a rectangular window, where N^2 is their product.
+
+    Returns:
+        MACs of one image. ``ipsa(56, 56, 96, 7)`` is 0.15 G.
+    """
+    rows, columns = _pair(window, "window")
+    _check_sizes(height=height, width=width, channels=channels)
+    padded = _round_up(height, rows) * _round_up(width, columns)
+    return 4 * height * width * channels**2 + 2 * rows * columns * padded * channels
+
+
+def cpsa(height: int, width: int, channels: int, patch: int | tuple[int, int] = 7) -> int:
+    """MACs of cross-patch self-attention: 4 N^2 HW C + 2 (HW/N)^2 C (CAT eq. 3).
+
+    Each channel has HW / N^2 tokens of width N^2: projections cost 4 N^4 a token, attention
+    2 (HW / N^2)^2 N^2 a channel. A map that the patch does not divide is counted at its padded
+    size: padded elements are part of the tokens. This is the algorithm of the paper; a kernel that
+    absorbs the projections into each other executes fewer.
+
+    Args:
+        height, width: size of the map.
+        channels: number of single-channel maps.
+        patch: N, or (rows, columns) of a rectangular patch, where N^2 is their product.
+
+    Returns:
+        MACs of one image. ``cpsa(56, 56, 96, 7)`` is 0.1 G.
+    """
+    rows, columns = _pair(patch, "patch")
+    _check_sizes(height=height, width=width, channels=channels)
+    length = rows * columns  # N^2, the width of a token
+    padded = _round_up(height, rows) * _round_up(width, columns)
+    tokens = padded // length
+    return 4 * length * padded * channels + 2 * tokens**2 * length * channels
+
+
+def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+    """Count the MACs that one forward pass of a model executes, by module.
+
+    Runs the model once, in eval mode and without gradients, on zeros of the parameters' device and
+    dtype, under :class:`torch.utils.flop_counter.FlopCounterMode`; MACs are its FLOPs halved.
+    Matrix products and convolutions are counted, and every operator that registered a formula.
+
+    Args:
+        model: any module that takes one tensor.
+        input_shape: full shape of that tensor, batch included, e.g. ``(1, 3, 224, 224)``.
+
+    Returns:
+        MACs by qualified module name, children included in their parents; ``""`` is the whole
+        model. A module that executed nothing countable is absent.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    image = torch.zeros(tuple(input_shape), dtype=like.dtype, device=like.device)
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as mode:
+            model(image)
+    finally:
+        for module in was_training:
+            module.training = True
+    prefix = type(model).__name__ + "."
+    macs = {"": mode.get_total_flops() // 2}
+    for name, by_op in mode.get_flop_counts().items():
+        if name.startswith(prefix):
+            macs[name.removeprefix(prefix)] = sum(by_op.values()) // 2
+    return macs
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    rows, columns = (value, value) if isinstance(value, int) else value
+    _check_sizes(**{f"{name} rows": rows, f"{name} columns": columns})
+    return rows, columns
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
