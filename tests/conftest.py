@@ -29,5 +29,14 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where nothing was compiled."""
+    monkeypatch.setattr("xattn_ops._checks._plans", {})
     monkeypatch.setattr("xattn_ops._registration.NATIVE", False)
     monkeypatch.setattr("xattn_ops._registration.REASON", "no compiler was found")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before or after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

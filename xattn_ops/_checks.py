@@ -6,13 +6,47 @@ is a `TypeError`, anything else a `ValueError`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+_plans: dict[Any, Any] = {}
+_MOST_PLANS = 4096
+
+
+def once(plan: Callable[..., Any], tensors: Sequence[Any], options: tuple[Any, ...]) -> Any:
+    """`plan(*tensors, *options)`, computed once for tensors of the same kind and equal options.
+
+    `plan` checks its arguments and returns what follows from them; it reads shapes, dtypes, devices
+    and the environment's XATTN_BACKEND, never values. A model repeats its calls, and with cold
+    caches the checks took as long as a kernel on a small map.
+    """
+    if torch.compiler.is_compiling():  # once per trace anyway, and sizes may be symbols
+        return plan(*tensors, *options)
+    try:
+        kinds = [
+            (type(t), t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else t
+            for t in tensors
+        ]
+        # 1, 1.0 and True are equal keys: their types tell them apart.
+        types = tuple(map(type, options))
+        key = (plan, os.environ.get("XATTN_BACKEND"), *kinds, options, types)
+        found = _plans.get(key)
+    except TypeError:  # unhashable, as a window given as a list
+        return plan(*tensors, *options)
+    if found is None:
+        found = plan(*tensors, *options)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        if found[0] != "reference":  # a fallback may have to warn
+            _plans[key] = found
+    return found
 
 
 def tensor(

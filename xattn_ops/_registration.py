@@ -193,6 +193,8 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     A float64 among them keeps them all as they are, as autocast does. The public functions cast
     before anything else, so that gradients return in the dtypes that came.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     floating = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
     if not floating or any(t.dtype == torch.float64 for t in floating):
         return tensors

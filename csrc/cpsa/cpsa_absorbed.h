@@ -27,9 +27,9 @@ struct AbsorbedSums {
 template <class S, class M>
 struct AbsorbedWeights {
   using T = typename M::Acc;
-  PackedWeight<M> query;        // x -> x A + a: logits base 2 in the forward, base e in the backward
-  PackedWeight<M> result;       // z -> z B + b
-  PackedWeight<M> query_back;   // dY -> dY A^T
+  PackedWeight<M> query;       // x -> x A + a: logits base 2 in the forward, base e in the backward
+  PackedWeight<M> result;      // z -> z B + b
+  PackedWeight<M> query_back;  // dY -> dY A^T
   PackedWeight<M> result_back;  // dO -> dO B^T
   int64_t bytes;
 
@@ -73,7 +73,8 @@ struct AbsorbedWeights {
     }
   }
 
-  // The gradients of the weights from those of A, a, B and b. Uses the matrices that compute() read.
+  // The gradients of the weights from those of A, a, B and b. Uses the matrices that compute()
+  // read.
   void write_gradients(const CpsaArgs& args, const AbsorbedSums<T>& sums) const {
     S* weight = static_cast<S*>(args.grad_qkv_weight);
     S* bias = static_cast<S*>(args.grad_qkv_bias);

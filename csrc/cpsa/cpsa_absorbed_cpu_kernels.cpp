@@ -1,8 +1,8 @@
 // Cross-patch attention with one head and no dropout, on one core of the CPU, for one ISA.
 //
-// With A = s Wq^T Wk, a = s bq Wk, B = Wv^T Wo^T, b = bv Wo^T + bo, the tokens X [T, P] of a channel
-// give  softmax((X A + a) X^T) X B + b  exactly: two projections in place of four, and queries
-// alone are computed (bk adds the same number to a whole row and cancels). Backward, with
+// With A = s Wq^T Wk, a = s bq Wk, B = Wv^T Wo^T, b = bv Wo^T + bo, the tokens X [T, P] of a
+// channel give  softmax((X A + a) X^T) X B + b  exactly: two projections in place of four, and
+// queries alone are computed (bk adds the same number to a whole row and cancels). Backward, with
 // Y = X A + a, W the softmax, Z = W X and dO the gradient of the result:
 //   dZ = dO B^T     dW = dZ X^T     dS = W (dW - rowsum(W dW))     dY = dS X
 //   dX = W^T dZ + dS^T Y + dY A^T   dA = X^T dY   da = sum dY   dB = Z^T dO   db = sum dO
@@ -28,11 +28,11 @@ struct Absorbed {
   struct Forward : Bundles<S, M> {
     ResultWriter<S, M> writer;
     Place *places, *next_places;
-    Tokens<M> x;        // of the bundle
-    Tokens<M> query;    // of a block: Y, then Z
-    T* scores;          // [query][key]
-    Elem* weights;      // the softmax as a factor over keys: the scores themselves, or packed
-    T* inverse;         // [query]: one over the row's sum
+    Tokens<M> x;      // of the bundle
+    Tokens<M> query;  // of a block: Y, then Z
+    T* scores;        // [query][key]
+    Elem* weights;    // the softmax as a factor over keys: the scores themselves, or packed
+    T* inverse;       // [query]: one over the row's sum
     int64_t bytes;
 
     using Base = Bundles<S, M>;
@@ -99,12 +99,12 @@ struct Absorbed {
   struct Backward : Bundles<S, M> {
     ResultWriter<S, M> writer;
     Place *places, *next_places;
-    Tokens<M> x, grad_out;       // of the bundle
-    Tokens<M> z, grad_query;     // of the bundle: Z and dY
-    Tokens<M> block;             // of a block of queries: dZ, then Y
-    T* scores;                   // of a block: dW, then the logits; [query][key]
-    RowWeights<M> weights;       // of a block: the softmax, then dS
-    T* grad_x;                   // of the bundle, without dY A^T
+    Tokens<M> x, grad_out;    // of the bundle
+    Tokens<M> z, grad_query;  // of the bundle: Z and dY
+    Tokens<M> block;          // of a block of queries: dZ, then Y
+    T* scores;                // of a block: dW, then the logits; [query][key]
+    RowWeights<M> weights;    // of a block: the softmax, then dS
+    T* grad_x;                // of the bundle, without dY A^T
     int64_t bytes;
 
     using Base = Bundles<S, M>;

@@ -39,7 +39,8 @@ struct Options {
 void check_shape(const OptionalTensor& t, std::vector<int64_t> sizes, Dtype dtype,
                  const char* name) {
   if (!t.has_value()) return;
-  bool fits = t->is_cpu() && t->dim() == static_cast<int64_t>(sizes.size()) && dtype_of(*t) == dtype;
+  bool fits =
+      t->is_cpu() && t->dim() == static_cast<int64_t>(sizes.size()) && dtype_of(*t) == dtype;
   for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(i) == sizes[i];
   STD_TORCH_CHECK(fits, "cpsa: ", name, " has the wrong shape, dtype or device");
 }
@@ -149,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpsa_bwd(
   Tensor grad_qkv_bias = new_gradient(in.qkv_bias, a.grad_qkv_bias);
   Tensor grad_proj_weight = new_gradient(in.proj_weight, a.grad_proj_weight);
   Tensor grad_proj_bias = new_gradient(in.proj_bias, a.grad_proj_bias);
-  const auto result = std::make_tuple(grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj_weight,
-                                      grad_proj_bias);
+  const auto result =
+      std::make_tuple(grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj_weight, grad_proj_bias);
   if (empty) return result;
 
   const CpsaKernels& kernels = kernels_for(a);

@@ -29,7 +29,7 @@ struct DirectSums {
 template <class S, class M>
 struct DirectWeights {
   using T = typename M::Acc;
-  PackedWeight<M> query;      // x -> scaled queries, logits base 2 in the forward, e in the backward
+  PackedWeight<M> query;  // x -> scaled queries, logits base 2 in the forward, e in the backward
   PackedWeight<M> key_value;  // x -> keys, values
   PackedWeight<M> proj;       // forward: z -> z Wo^T + bo
   PackedWeight<M> qkv_back;   // dQ, dK, dV -> dX

@@ -116,10 +116,10 @@ struct Direct {
     Place* places;
     // Of the bundle.
     Tokens<M> x, grad_out;
-    T *query, *key_value;            // [token][P], [token][2P]
-    Tokens<M> result, grad_qkv;      // [token][P] before the projection; [token][3P]
-    T* grad_result;                  // [token][P]: dZ of all heads
-    T* scores;                       // of a block, one head: dWm then Wm; S then dS; [query][key]
+    T *query, *key_value;        // [token][P], [token][2P]
+    Tokens<M> result, grad_qkv;  // [token][P] before the projection; [token][3P]
+    T* grad_result;              // [token][P]: dZ of all heads
+    T* scores;                   // of a block, one head: dWm then Wm; S then dS; [query][key]
     int64_t head_dim, bytes;
 
     Backward(const CpsaArgs& a, void* memory) : Backward(a, Arena(memory)) {}

@@ -43,9 +43,8 @@ XATTN_INLINE void for_columns(int64_t count, F f) {
   const int64_t groups = (steps + kMax / kStep - 1) / (kMax / kStep);
   for (int64_t g = 0, first = 0; g < groups; ++g) {
     const int64_t size = steps / groups + (g < steps % groups);
-    with_constant<kMax / kStep>(size, [&](auto n) XATTN_LAMBDA_INLINE {
-      f(Int<decltype(n)::value * kStep>{}, first);
-    });
+    with_constant<kMax / kStep>(
+        size, [&](auto n) XATTN_LAMBDA_INLINE { f(Int<decltype(n)::value * kStep>{}, first); });
     first += size * kStep;
   }
 }
@@ -104,7 +103,8 @@ struct PackedWeight {
   int64_t steps, outputs;
 };
 
-// sink(tile, token, output) with tile[t][o] = bias[o] + sum_k in(token + t, k) * weight(k, o).
+// sink(tile, token, output) with tile[t][o] = sum_k in(token + t, k) * weight(k, o) + bias[o]. The
+// bias comes last: a large one would cost every partial sum its low bits.
 template <class M, class Sink>
 __attribute__((noinline)) void linear(int64_t tokens, const Factor<M>& in,
                                       const PackedWeight<M>& weight, const Sink& sink) {
@@ -115,21 +115,14 @@ __attribute__((noinline)) void linear(int64_t tokens, const Factor<M>& in,
     for_columns<Shape::kColumns, M::kStep>(
         weight.outputs, [&](auto c, int64_t output) XATTN_LAMBDA_INLINE {
           constexpr int C = decltype(c)::value;
-          acc_vec<M> turned[C][R];
-          XATTN_UNROLL
-          for (int o = 0; o < C; ++o) {
-            XATTN_UNROLL
-            for (int t = 0; t < R; ++t) {
-              turned[o][t] = splat(weight.bias[output + o]);
-            }
-          }
+          acc_vec<M> turned[C][R] = {};
           tile_broadcast<M>(turned, w, 1, C, in.data + token * in.outer, in.step, in.outer,
                             weight.steps);
           acc_vec<M> tile[R][C];
           XATTN_UNROLL
           for (int t = 0; t < R; ++t) {
             XATTN_UNROLL
-            for (int o = 0; o < C; ++o) tile[t][o] = turned[o][t];
+            for (int o = 0; o < C; ++o) tile[t][o] = turned[o][t] + splat(weight.bias[output + o]);
           }
           sink(tile, token, output);
           w += C * weight.steps;
@@ -147,8 +140,7 @@ struct StoreSink {
   bool add = false;
 
   template <int R, int C>
-  XATTN_MEMBER void operator()(const vec<T> (&tile)[R][C], int64_t row,
-                                      int64_t column) const {
+  XATTN_MEMBER void operator()(const vec<T> (&tile)[R][C], int64_t row, int64_t column) const {
     T* corner = out + row * row_stride + column * Lanes<T>::n;
     XATTN_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -170,8 +162,7 @@ struct TokenSink {
   const T* row_scale = nullptr;
 
   template <int R, int C>
-  XATTN_MEMBER void operator()(const vec<T> (&unscaled)[R][C], int64_t row,
-                                      int64_t column) const {
+  XATTN_MEMBER void operator()(const vec<T> (&unscaled)[R][C], int64_t row, int64_t column) const {
     constexpr int L = Lanes<T>::n;
     vec<T> tile[R][C];
     XATTN_UNROLL
@@ -191,7 +182,7 @@ struct TokenSink {
  private:
   template <int R, int C>
   XATTN_MEMBER void write_pairs_of_elements(const vec<T> (&tile)[R][C], int64_t row,
-                                                   int64_t column) const {
+                                            int64_t column) const {
     auto* p = out.by_element + row * out.token_stride + column / 2 * Lanes<T>::n;
     XATTN_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -203,7 +194,7 @@ struct TokenSink {
   }
   template <int R, int C>
   XATTN_MEMBER void write_pairs_of_tokens(const vec<T> (&tile)[R][C], int64_t row,
-                                                 int64_t column) const {
+                                          int64_t column) const {
     if constexpr (R % 2 == 0) {  // rows come in even numbers: see Bundle
       auto* p = out.by_token + row / 2 * out.step_stride + column * Lanes<T>::n;
       XATTN_UNROLL
@@ -265,8 +256,7 @@ struct LaneSumSink {
   int64_t row_stride;
 
   template <int R, int C>
-  XATTN_MEMBER void operator()(const vec<T> (&tile)[R][C], int64_t row,
-                                      int64_t column) const {
+  XATTN_MEMBER void operator()(const vec<T> (&tile)[R][C], int64_t row, int64_t column) const {
     vec<T> entries[R * C];
     XATTN_UNROLL
     for (int r = 0; r < R; ++r) {

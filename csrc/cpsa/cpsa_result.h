@@ -42,8 +42,11 @@ class ResultWriter {
       const auto* next_x = asks ? x : nullptr;
       const auto* next_grad = asks && ahead.grad_out ? grad_out : nullptr;
       if (addend) {
-        run(ImageSink<S, M, true>{patches, elements_, addend + first * addend_stride,
-                                  addend_stride, {next_x, next_grad}});
+        run(ImageSink<S, M, true>{patches,
+                                  elements_,
+                                  addend + first * addend_stride,
+                                  addend_stride,
+                                  {next_x, next_grad}});
       } else {
         run(ImageSink<S, M, false>{patches, elements_, nullptr, 0, {next_x, next_grad}});
       }

@@ -94,14 +94,14 @@ XATTN_INLINE Tokens<M> from(const Tokens<M>& t, int64_t first) {
           t.step_stride};
 }
 
-// Where one token lies: its group of channels (`lanes` of the vector are channels) and the corner of
-// its patch. With lanes == 0 it is a placeholder: it reads as zeros and is not written.
+// Where one token lies: its group of channels (`lanes` of the vector are channels) and the corner
+// of its patch. With lanes == 0 it is a placeholder: it reads as zeros and is not written.
 struct Place {
   int64_t image, channel, lanes, y, x;
 };
 
-// A patch in memory: value p of the first channel at data + offset[p], followed by as many values as
-// a vector has lanes.
+// A patch in memory: value p of the first channel at data + offset[p], followed by as many values
+// as a vector has lanes.
 template <class S>
 struct PatchView {
   S* data;
@@ -148,8 +148,8 @@ class PatchMap {
   }
 
   ImageView<const S> x() const {
-    return {static_cast<const S*>(args_.x), args_.x_stride[0], args_.x_stride[1],
-            args_.x_stride[2], x_offset_};
+    return {static_cast<const S*>(args_.x), args_.x_stride[0], args_.x_stride[1], args_.x_stride[2],
+            x_offset_};
   }
   ImageView<const S> grad_out() const {
     return {static_cast<const S*>(args_.grad_out), args_.grad_out_stride[0],
@@ -219,9 +219,7 @@ class PatchMap {
   int64_t rows_inside(const Place& p) const {
     return p.lanes == 0 ? 0 : min_of(args_.patch_h, args_.height - p.y);
   }
-  int64_t columns_inside(const Place& p) const {
-    return min_of(args_.patch_w, args_.width - p.x);
-  }
+  int64_t columns_inside(const Place& p) const { return min_of(args_.patch_w, args_.width - p.x); }
 
   // The patch in the image, or a dense copy in `edge` with zeros for what lies outside.
   PatchView<const S> readable(const ImageView<const S>& image, const Place& p, S* edge) const {

@@ -78,8 +78,8 @@ struct Block {
            [&](int64_t t, int64_t c, V value)
                __attribute__((always_inline)) { store(qkv + t * row + c, value); });
     for (int64_t head = 0; head < a.heads; ++head) {
-      attention.run(attention.windows[0], head, terms.bias(head), terms.mask(place.edge), nullptr,
-                    attention.windows[0]);
+      attention.run(attention.windows[0][0], head, terms.bias(head), terms.mask(place.edge),
+                    nullptr, attention.windows[0][0]);
     }
     linear(mixed, token_row, C, (const T*)block.proj_weight, (const T*)block.proj_bias, C,
            [&](int64_t t, int64_t c, V value) __attribute__((always_inline)) {
@@ -119,8 +119,8 @@ void block_windows(const IpsaBlockArgs& block, int64_t begin, int64_t end, void*
   const int64_t row = Block<U>::channels(inner);
   for (int64_t i = 0; i < u.rows() * row; ++i) b.tokens[i] = b.mixed[i] = T(0);
   for (int64_t t = 0; t < u.n(); ++t) {
-    b.attention.windows[0].qkv[t] = t * Block<U>::qkv_row(inner);
-    b.attention.windows[0].pixel[t] = t;
+    b.attention.windows[0][0].qkv[t] = t * Block<U>::qkv_row(inner);
+    b.attention.windows[0][0].pixel[t] = t;
   }
   Arena dense{b.attention.dense_memory};
   DenseTerms<U> terms(u, 0, inner.heads, dense);

@@ -5,6 +5,30 @@
 
 namespace xattn::XATTN_ISA {
 
+// Units in the order in which they run: groups of windows, in a group one head after the other, so
+// that a head's bias serves a whole group from the first-level cache.
+struct UnitOrder {
+  static constexpr int64_t kGroup = 8;
+  const IpsaArgs& a;
+  int64_t group, head, in_group;
+
+  UnitOrder(const IpsaArgs& a, int64_t unit) : a(a), group(unit / (kGroup * a.heads)) {
+    const int64_t rest = unit - group * kGroup * a.heads;
+    head = rest / windows();
+    in_group = rest % windows();
+  }
+  int64_t windows() const { return min_of(kGroup, a.windows() - group * kGroup); }
+  int64_t window() const { return group * kGroup + in_group; }
+  bool starts_group() const { return head == 0 && in_group == 0; }
+  void advance() {
+    if (++in_group < windows()) return;
+    in_group = 0;
+    if (++head < a.heads) return;
+    head = 0;
+    ++group;
+  }
+};
+
 template <class U>
 struct Forward {
   using S = typename U::Storage;
@@ -20,7 +44,7 @@ struct Forward {
   }
 
   const U& u;
-  Window windows[2];
+  Window windows[2][UnitOrder::kGroup];  // of the group at work and the next
   S* zeros;
   Elem *queries, *keys, *values;
   T *spill, *inverse[2], *tail, *dropout;
@@ -29,8 +53,9 @@ struct Forward {
 
   Forward(const U& u, Arena& arena, int64_t heads) : u(u) {
     const IpsaArgs& a = u.args;
-    windows[0] = new_window(a, arena);
-    windows[1] = new_window(a, arena);
+    for (auto& group : windows) {
+      for (Window& w : group) w = new_window(a, arena);
+    }
     zeros = arena.take<S>(2 * u.width_d());
     queries = arena.take<Elem>(u.rows() * u.stride_d());
     keys = arena.take<Elem>(u.stride_d() * u.columns());
@@ -41,6 +66,13 @@ struct Forward {
     for (auto& each : weights) each = arena.take<Weight>(U::kTileRows * u.weight_stride());
     dropout = arena.take<T>(a.dropout_p > 0 ? (u.n() + 3) / 4 * 4 * u.weight_stride() + U::L : 0);
     dense_memory = arena.take<char>(DenseTerms<U>::bytes(u, heads));
+  }
+
+  void locate_group(int64_t group) {
+    for (int64_t i = 0; i < UnitOrder::kGroup; ++i) {
+      const int64_t index = group * UnitOrder::kGroup + i;
+      if (index < u.args.windows()) locate(u.args, index, false, windows[group & 1][i]);
+    }
   }
 
   TokenRows<S> part(const Window& w, int64_t head, int which) const {
@@ -119,22 +151,19 @@ void forward_units(const IpsaArgs& a, int64_t begin, int64_t end, void* scratch)
   DenseTerms<U> terms(u, 0, a.heads, dense);
   terms.clear();
   const Dropout dropout = make_dropout(a);
-  int64_t located = begin / a.heads;
-  int current = 0;
-  locate(a, located, false, f.windows[0]);
-  if (located + 1 < a.windows()) locate(a, located + 1, false, f.windows[1]);
+  UnitOrder order(a, begin);
+  f.locate_group(order.group);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t window = unit / a.heads, head = unit % a.heads;
-    if (window != located) {
-      located = window;
-      current ^= 1;
-      if (window + 1 < a.windows()) locate(a, window + 1, false, f.windows[current ^ 1]);
+    const int64_t window = order.window(), head = order.head;
+    if (unit == begin || order.starts_group()) f.locate_group(order.group + 1);
+    const Window& w = f.windows[order.group & 1][order.in_group];
+    if (a.dropout_p > 0) {
+      dropout_factors(u, dropout, (uint64_t)(window * a.heads + head), f.dropout);
     }
-    const Window& w = f.windows[current];
-    const bool same = head + 1 < a.heads;
-    const S* next = unit + 1 < end ? (const S*)a.qkv + (unit + 1) % a.heads * u.d() : nullptr;
-    if (a.dropout_p > 0) dropout_factors(u, dropout, (uint64_t)unit, f.dropout);
-    f.run(w, head, terms.bias(head), terms.mask(w.edge), next, same ? w : f.windows[current ^ 1]);
+    order.advance();
+    const S* next = unit + 1 < end ? (const S*)a.qkv + order.head * u.d() : nullptr;
+    f.run(w, head, terms.bias(head), terms.mask(w.edge), next,
+          f.windows[order.group & 1][order.in_group]);
   }
 }
 

@@ -67,21 +67,9 @@ def cross_patch_attention(
     x, qkv_weight, qkv_bias, proj_weight, proj_bias = autocast(
         x, qkv_weight, qkv_bias, proj_weight, proj_bias
     )
-    _checks.tensor("x", x, "[B, H, W, C]")
-    ph, pw = _checks.pair("patch", patch, 1)
-    P = ph * pw
-    head_dim = _checks.divides("num_heads", num_heads, "the pixels of a patch", P)
-    like = ("x", x)
-    _checks.tensor("qkv_weight", qkv_weight, "[3P, P]", sizes=(3 * P, P), like=like)
-    if qkv_bias is not None:
-        _checks.tensor("qkv_bias", qkv_bias, "[3P]", sizes=(3 * P,), like=like)
-    _checks.tensor("proj_weight", proj_weight, "[P, P]", sizes=(P, P), like=like)
-    if proj_bias is not None:
-        _checks.tensor("proj_bias", proj_bias, "[P]", sizes=(P,), like=like)
-    scale = _checks.scale(scale, head_dim)
-    dropout_p = _checks.probability("dropout_p", dropout_p)
-
-    chosen = choose("cross_patch_attention", backend, x.device.type, x.dtype)
+    tensors = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    wanted = (patch, num_heads, scale, dropout_p, backend)
+    chosen, (ph, pw, num_heads, scale, dropout_p) = _checks.once(_plan, tensors, wanted)
     seed = draw_seed(x.device) if dropout_p > 0 else None
     if chosen == "reference":
         return cross_patch_attention_reference(
@@ -139,6 +127,36 @@ class _CrossPatchAttention(torch.autograd.Function):
         grads = backward_once(torch.ops.xattn_ops.cpsa_bwd, *args)
         wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
         return (*wanted, None, None)
+
+
+def _plan(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    patch: tuple[int, int],
+    num_heads: int,
+    scale: float | None,
+    dropout_p: float,
+    backend: str | None,
+) -> tuple[str, tuple[Any, ...]]:
+    """The backend and the leaf ops' options for arguments that pass every check."""
+    _checks.tensor("x", x, "[B, H, W, C]")
+    ph, pw = _checks.pair("patch", patch, 1)
+    P = ph * pw
+    head_dim = _checks.divides("num_heads", num_heads, "the pixels of a patch", P)
+    like = ("x", x)
+    _checks.tensor("qkv_weight", qkv_weight, "[3P, P]", sizes=(3 * P, P), like=like)
+    if qkv_bias is not None:
+        _checks.tensor("qkv_bias", qkv_bias, "[3P]", sizes=(3 * P,), like=like)
+    _checks.tensor("proj_weight", proj_weight, "[P, P]", sizes=(P, P), like=like)
+    if proj_bias is not None:
+        _checks.tensor("proj_bias", proj_bias, "[P]", sizes=(P,), like=like)
+    scale = _checks.scale(scale, head_dim)
+    dropout_p = _checks.probability("dropout_p", dropout_p)
+    chosen = choose("cross_patch_attention", backend, x.device.type, x.dtype)
+    return chosen, (ph, pw, num_heads, scale, dropout_p)
 
 
 def _forward_flops(x: tuple[int, ...], *args: Any) -> int:

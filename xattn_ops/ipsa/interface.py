@@ -64,20 +64,10 @@ def inner_patch_attention(
             named backend that cannot serve.
     """
     qkv, bias_table, pad_qkv = autocast(qkv, bias_table, pad_qkv)
-    _checks.tensor("qkv", qkv, "[B, H, W, 3C]")
-    head_dim = _checks.head_dim("qkv", qkv, 3, num_heads)
-    wh, ww = _checks.pair("window", window, 1)
-    sh, sw = _checks.shift(shift, (wh, ww))
-    if bias_table is not None:
-        sizes = ((2 * wh - 1) * (2 * ww - 1), num_heads)
-        layout = "[(2h-1)(2w-1), num_heads]"
-        _checks.tensor("bias_table", bias_table, layout, sizes=sizes, like=("qkv", qkv))
-    if pad_qkv is not None:
-        _checks.tensor("pad_qkv", pad_qkv, "[3C]", sizes=qkv.shape[-1:], like=("qkv", qkv))
-    scale = _checks.scale(scale, head_dim)
-    dropout_p = _checks.probability("dropout_p", dropout_p)
-
-    chosen = choose("inner_patch_attention", backend, qkv.device.type, qkv.dtype)
+    tensors = (qkv, bias_table, pad_qkv)
+    wanted = (num_heads, window, shift, scale, dropout_p, backend)
+    chosen, options = _checks.once(_plan, tensors, wanted)
+    num_heads, wh, ww, sh, sw, scale, dropout_p = options
     seed = draw_seed(qkv.device) if dropout_p > 0 else None
     if chosen == "reference":
         return inner_patch_attention_reference(
@@ -91,7 +81,6 @@ def inner_patch_attention(
             dropout_p=dropout_p,
             seed=seed,
         )
-    options = (num_heads, wh, ww, sh, sw, scale, dropout_p)
     return apply(_InnerPatchAttention, qkv, bias_table, pad_qkv, seed, options)
 
 
@@ -122,6 +111,34 @@ class _InnerPatchAttention(torch.autograd.Function):
         grads = backward_once(torch.ops.xattn_ops.ipsa_bwd, *args)
         wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
         return (*wanted, None, None)
+
+
+def _plan(
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float | None,
+    dropout_p: float,
+    backend: str | None,
+) -> tuple[str, tuple[Any, ...]]:
+    """The backend and the leaf ops' options for arguments that pass every check."""
+    _checks.tensor("qkv", qkv, "[B, H, W, 3C]")
+    head_dim = _checks.head_dim("qkv", qkv, 3, num_heads)
+    wh, ww = _checks.pair("window", window, 1)
+    sh, sw = _checks.shift(shift, (wh, ww))
+    if bias_table is not None:
+        sizes = ((2 * wh - 1) * (2 * ww - 1), num_heads)
+        layout = "[(2h-1)(2w-1), num_heads]"
+        _checks.tensor("bias_table", bias_table, layout, sizes=sizes, like=("qkv", qkv))
+    if pad_qkv is not None:
+        _checks.tensor("pad_qkv", pad_qkv, "[3C]", sizes=qkv.shape[-1:], like=("qkv", qkv))
+    scale = _checks.scale(scale, head_dim)
+    dropout_p = _checks.probability("dropout_p", dropout_p)
+    chosen = choose("inner_patch_attention", backend, qkv.device.type, qkv.dtype)
+    return chosen, (num_heads, wh, ww, sh, sw, scale, dropout_p)
 
 
 def _macs(qkv: tuple[int, ...], wh: int, ww: int) -> int:

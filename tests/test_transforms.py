@@ -1,0 +1,198 @@
+"""`torch.func` transforms and autocast of every operator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.cases import Case
+from support.operators import (
+    MODULES,
+    OPERATORS,
+    WITH_DROPOUT,
+    assert_same,
+    backends,
+    native,
+    operators,
+    positional,
+)
+from torch import Tensor
+
+from xattn_ops._registration import autocast
+
+
+def mapped(case: Case, names: list[str], size: int = 3) -> tuple[list[Tensor], list[int | None]]:
+    """The tensors, those of these names `size` times and different, and their mapped axes."""
+    tensors, dims = [], []
+    for name, tensor in case.tensors(torch.float64, requires_grad=False).items():
+        several = torch.stack([tensor * (1 + i) for i in range(size)], dim=-1)
+        tensors.append(several if name in names else tensor)
+        dims.append(tensor.dim() if name in names else None)
+    return tensors, dims
+
+
+def by_loop(
+    function: Callable, tensors: list[Tensor], dims: list[int | None], size: int = 3
+) -> Any:
+    """What vmap promises: the function of each slice, stacked."""
+    slices = [
+        function(*(t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)))
+        for i in range(size)
+    ]
+    if isinstance(slices[0], Tensor):
+        return torch.stack(slices)
+    return tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+
+
+MAPPED = [
+    pytest.param("ipsa", ["qkv"], id="ipsa_activation"),
+    pytest.param("ipsa", ["bias_table"], id="ipsa_weight"),
+    pytest.param("ipsa", ["qkv", "bias_table", "pad_qkv"], id="ipsa_all"),
+    pytest.param("cpsa", ["x"], id="cpsa_activation"),
+    pytest.param("cpsa", ["proj_weight", "qkv_bias"], id="cpsa_weights"),
+    pytest.param("cpsa", ["x", "qkv_weight"], id="cpsa_both"),
+]
+
+
+@pytest.mark.parametrize(("op", "names"), MAPPED)
+@backends
+def test_vmap(op: str, names: list[str], backend: str) -> None:
+    function, _ = positional(OPERATORS[op], backend=backend)
+    tensors, dims = mapped(OPERATORS[op], names)
+    got = torch.vmap(function, tuple(dims))(*tensors)
+    torch.testing.assert_close(got, by_loop(function, tensors, dims))
+
+
+@pytest.mark.parametrize(("op", "names"), MAPPED)
+@backends
+def test_vmap_of_grad(op: str, names: list[str], backend: str) -> None:
+    """Gradients of each sample, those of the shared weights too."""
+    function, arguments = positional(OPERATORS[op], backend=backend)
+    every = tuple(range(len(arguments)))
+    grad = torch.func.grad(lambda *tensors: function(*tensors).square().sum(), every)
+    tensors, dims = mapped(OPERATORS[op], names)
+    for got, want in zip(
+        torch.vmap(grad, tuple(dims))(*tensors), by_loop(grad, tensors, dims), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@operators
+@backends
+def test_vmap_twice(op: str, backend: str) -> None:
+    function, _ = positional(OPERATORS[op], backend=backend)
+    x, *weights = OPERATORS[op].tensors(torch.float64, requires_grad=False).values()
+    grid = torch.stack([x * i for i in range(6)]).unflatten(0, (2, 3))
+    dims = (0, *[None] * len(weights))
+    got = torch.vmap(torch.vmap(function, dims), dims)(grid, *weights)
+    want = torch.stack([function(x, *weights) for x in grid.flatten(0, 1)])
+    torch.testing.assert_close(got.flatten(0, 1), want)
+
+
+@native
+@operators
+def test_vmap_folds_activations_into_one_call(op: str) -> None:
+    function, _ = positional(OPERATORS[op], backend="cpu")
+    tensors, dims = mapped(OPERATORS[op], list(OPERATORS[op].shapes)[:1])
+    with torch.profiler.profile() as profile, torch.no_grad():
+        torch.vmap(function, tuple(dims))(*tensors)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls[f"xattn_ops::{op}_fwd"] == 2  # the mapped call and the folded one
+
+
+@operators
+@backends
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_dropout(op: str, backend: str, randomness: str) -> None:
+    case = WITH_DROPOUT[op]
+    function, names = positional(case, backend=backend)
+    tensors = list(case.tensors(torch.float64, requires_grad=False).values())
+    tensors[0] = tensors[0].expand(2, *tensors[0].shape)
+    dims = (0, *[None] * (len(names) - 1))
+    first, second = torch.vmap(function, dims, randomness=randomness)(*tensors)
+    assert torch.equal(first, second) == (randomness == "same")
+
+
+@operators
+@backends
+def test_func_grad_and_functional_call(op: str, backend: str) -> None:
+    module, x = MODULES[op](backend=backend).double(), torch.randn(2, 5, 8, 8).double()
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    got = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    loss(parameters).backward()
+    assert_same(got, {name: p.grad for name, p in parameters.items()})
+
+
+# --------------------------------------------------------------------------------------- autocast
+
+
+@operators
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_autocast(op: str, backend: str, dtype: torch.dtype) -> None:
+    """As if all had been cast by hand; gradients come back in the dtypes of the inputs."""
+    case = OPERATORS[op]
+    tensors = case.tensors(torch.float32)
+    with torch.autocast("cpu", dtype):
+        out = case.function(**tensors, **case.options, backend=backend)
+    assert out.dtype == dtype
+    cast = {name: t.to(dtype) for name, t in tensors.items()}
+    want = case.function(**cast, **case.options, backend=backend)
+    torch.testing.assert_close(out, want)
+    out.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+
+
+@operators
+def test_autocast_takes_mixed_dtypes(op: str) -> None:
+    """As after a linear layer, which has cast the activation and not the weights."""
+    case = OPERATORS[op]
+    tensors = case.tensors(torch.float32)
+    activation = next(iter(tensors))
+    with torch.autocast("cpu", torch.bfloat16):
+        want = case.function(**tensors, **case.options)
+        mixed = tensors | {activation: tensors[activation].bfloat16()}
+        assert torch.equal(case.function(**mixed, **case.options), want)
+
+
+@operators
+def test_autocast_leaves_float64(op: str) -> None:
+    case = OPERATORS[op]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.function(**case.tensors(torch.float64), **case.options)
+    assert out.dtype == torch.float64
+
+
+def test_autocast_is_off() -> None:
+    tensors = (torch.zeros(2), None, torch.zeros(2, dtype=torch.int64))
+    assert autocast(*tensors) == tensors
+    with torch.autocast("cpu", enabled=False):
+        assert autocast(*tensors) == tensors
+
+
+@operators
+def test_autocast_module(op: str) -> None:
+    module, x = MODULES[op](), torch.randn(2, 5, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@operators
+def test_autocast_compiled(op: str) -> None:
+    case = OPERATORS[op]
+    compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
+    tensors = case.tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = compiled(**tensors, **case.options)
+        want = case.function(**tensors, **case.options)
+    torch.testing.assert_close(got, want)
+    got.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
