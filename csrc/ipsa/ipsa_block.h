@@ -13,6 +13,7 @@ struct Block {
   using T = typename U::T;
   using V = typename U::V;
   static constexpr int R = U::kTileRows, L = U::L;
+  static constexpr int64_t kInner = 128;
 
   const IpsaBlockArgs& block;
   const U& u;
@@ -46,18 +47,28 @@ struct Block {
       }
       const T* panel = packed + first * L * in_features;
       for (int64_t i0 = 0; i0 < u.n(); i0 += R) {
-        V acc[R][C];
-        XATTN_UNROLL
-        for (int r = 0; r < R; ++r) {
+        // Sums of kInner products at a time, then their sum, then the bias: one long float sum
+        // would be less exact than the blocked ones of a matrix library.
+        alignas(64) T total[R][C * L];
+        for (int64_t k0 = 0; k0 < in_features; k0 += kInner) {
+          V acc[R][C] = {};
+          tile_broadcast<typename U::Multiply>(acc, in + i0 * in_row + k0, in_row, 1,
+                                               panel + k0 * C * L, C * L, L,
+                                               min_of(kInner, in_features - k0));
           XATTN_UNROLL
-          for (int c = 0; c < C; ++c) acc[r][c] = start[c];
+          for (int r = 0; r < R; ++r) {
+            XATTN_UNROLL
+            for (int c = 0; c < C; ++c) {
+              store(total[r] + c * L, k0 == 0 ? acc[r][c] : acc[r][c] + load(total[r] + c * L));
+            }
+          }
         }
-        tile_broadcast<typename U::Multiply>(acc, in + i0 * in_row, in_row, 1, panel, C * L, L,
-                                             in_features);
         XATTN_UNROLL
         for (int r = 0; r < R; ++r) {
           XATTN_UNROLL
-          for (int c = 0; c < C; ++c) emit(i0 + r, (first + c) * L, acc[r][c]);
+          for (int c = 0; c < C; ++c) {
+            emit(i0 + r, (first + c) * L, load(total[r] + c * L) + start[c]);
+          }
         }
       }
     });
