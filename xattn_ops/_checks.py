@@ -29,17 +29,13 @@ def once(plan: Callable[..., Any], tensors: Sequence[Any], options: tuple[Any, .
     """
     if torch.compiler.is_compiling():  # once per trace anyway, and sizes may be symbols
         return plan(*tensors, *options)
-    try:
-        kinds = [
-            (type(t), t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else t
-            for t in tensors
-        ]
-        # 1, 1.0 and True are equal keys: their types tell them apart.
-        types = tuple(map(type, options))
-        key = (plan, os.environ.get("XATTN_BACKEND"), *kinds, options, types)
-        found = _plans.get(key)
-    except TypeError:  # unhashable, as a window given as a list
-        return plan(*tensors, *options)
+    kinds = [
+        (type(t), t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t)
+        for t in tensors
+    ]
+    # By their spelling, for 7, 7.0 and True would be equal keys, and a list would be none.
+    key = (plan, os.environ.get("XATTN_BACKEND"), repr(options), *kinds)
+    found = _plans.get(key)
     if found is None:
         found = plan(*tensors, *options)
         if len(_plans) >= _MOST_PLANS:
