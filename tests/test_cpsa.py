@@ -8,18 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cases import BACKENDS, DTYPES, Case, run
+from support.cases import BACKENDS, DTYPES, Case, native, run
 from support.cpsa import CASES, DROPOUT, SMALL, cpsa
 from support.isa import ISAS, check_isa
 from support.oracle import check_against_float64
 from torch import Tensor
 
-from xattn_ops import CrossPatchAttention, _library, cross_patch_attention
+from xattn_ops import CrossPatchAttention, cross_patch_attention
 from xattn_ops.cpsa import cross_patch_attention_reference
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-native = pytest.mark.skipif(not _library.NATIVE, reason=f"no CPU kernels: {_library.REASON}")
 
 
 @backends

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from support import cpsa, ipsa
-from support.cases import Case, run
+from support.cases import Case, native, run
 from support.operators import (
     MODULES,
     OPERATORS,
     WITH_DROPOUT,
     assert_same,
     backends,
-    native,
     operators,
     positional,
 )

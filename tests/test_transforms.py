@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Case
+from support.cases import Case, native
 from support.operators import (
     MODULES,
     OPERATORS,
     WITH_DROPOUT,
     assert_same,
     backends,
-    native,
     operators,
     positional,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from support import cpsa, ipsa
 from support.cases import BACKENDS, Case
-from xattn_ops import CrossPatchAttention, InnerPatchAttention, _library
+from xattn_ops import CrossPatchAttention, InnerPatchAttention
 
 OPERATORS = {"ipsa": ipsa.SMALL, "cpsa": cpsa.SMALL}
 WITH_DROPOUT = {name: case.with_options(dropout_p=0.4) for name, case in OPERATORS.items()}
@@ -20,7 +20,6 @@ MODULES = {
 
 operators = pytest.mark.parametrize("op", list(OPERATORS))
 backends = pytest.mark.parametrize("backend", BACKENDS)
-native = pytest.mark.skipif(not _library.NATIVE, reason=f"no CPU kernels: {_library.REASON}")
 
 
 def positional(case: Case, **options: Any) -> tuple[Callable[..., Tensor], list[str]]:
