@@ -16,6 +16,7 @@
 #endif
 
 #define XATTN_INLINE static inline __attribute__((always_inline))
+#define XATTN_LAMBDA_INLINE __attribute__((always_inline))
 #define XATTN_MEMBER inline __attribute__((always_inline))
 #define XATTN_UNROLL _Pragma("GCC unroll 16")
 

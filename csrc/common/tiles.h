@@ -73,17 +73,21 @@ XATTN_INLINE void tile_lanes(acc_vec<M> (&acc)[R][C], const typename M::Elem* a,
   }
 }
 
-// Two float vectors as bfloat16 pairs, low half first: what Bf16Pairs multiplies.
-XATTN_INLINE vu32 pair_bf16(vfloat low, vfloat high) {
-  const vu32 lo = __builtin_convertvector(to_bf16(low), vu32);
-  const vu32 hi = __builtin_convertvector(to_bf16(high), vu32);
-  return lo | (hi << 16);
+// Two float vectors as interleaved bfloat16 pairs, and two stored rows of as many values.
+#if defined(__AVX512BF16__)
+XATTN_INLINE vu32 interleave(__m512i low_then_high) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu32)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), low_then_high);
 }
-// The same from stored bfloat16.
-XATTN_INLINE vu32 pair_bf16(const bf16* low, const bf16* high) {
-  const vu32 lo = __builtin_convertvector(load_as<half_lanes>(low), vu32);
-  const vu32 hi = __builtin_convertvector(load_as<half_lanes>(high), vu32);
-  return lo | (hi << 16);
+XATTN_INLINE vu32 to_pair(vfloat low, vfloat high) {
+  return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
+XATTN_INLINE vu32 to_pair(const bf16* low, const bf16* high) {
+  return interleave(_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)load_as<half_lanes>(low)),
+                                       (__m256i)load_as<half_lanes>(high), 1));
+}
+#endif
 
 }  // namespace xattn::XATTN_ISA

@@ -2,14 +2,10 @@
 // results: stored, packed, added to the image, summed over the lanes.
 #pragma once
 
+#include "common/loops.h"
 #include "cpsa_tokens.h"
 
 namespace xattn::XATTN_ISA {
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
 
 // Accumulators of a tile, kRows x kColumns, which with their operands fill the register file. The
 // double kernels exist for checking and keep the small tile.
@@ -22,45 +18,6 @@ struct TileShape {
 #endif
   static constexpr int kColumns = 6;
 };
-
-// Calls f(Int<size>): a size known at run time becomes a constant, 1 <= size <= kMax.
-template <int kMax, class F>
-XATTN_INLINE void with_constant(int64_t size, F f) {
-  if constexpr (kMax == 1) {
-    f(Int<1>{});
-  } else if (size == kMax) {
-    f(Int<kMax>{});
-  } else {
-    with_constant<kMax - 1>(size, f);
-  }
-}
-
-// Calls f(Int<C>, first) for column groups of nearly equal size, multiples of kStep up to kMax:
-// 49 columns by 6 are 4 groups of 6 and 5 of 5, not 8 of 6 and a slow one of 1.
-template <int kMax, int kStep, class F>
-XATTN_INLINE void for_columns(int64_t count, F f) {
-  const int64_t steps = (count + kStep - 1) / kStep;
-  const int64_t groups = (steps + kMax / kStep - 1) / (kMax / kStep);
-  for (int64_t g = 0, first = 0; g < groups; ++g) {
-    const int64_t size = steps / groups + (g < steps % groups);
-    with_constant<kMax / kStep>(
-        size, [&](auto n) XATTN_LAMBDA_INLINE { f(Int<decltype(n)::value * kStep>{}, first); });
-    first += size * kStep;
-  }
-}
-
-// Calls f(Int<R>, first) for groups of kMax rows, then of 2 and of 1.
-template <int kMax, class F>
-XATTN_INLINE void for_rows(int64_t count, F f) {
-  int64_t first = 0;
-  for (; first + kMax <= count; first += kMax) f(Int<kMax>{}, first);
-  if constexpr (kMax > 2) {
-    for (; first + 2 <= count; first += 2) f(Int<2>{}, first);
-  }
-  if constexpr (kMax > 1) {
-    for (; first < count; ++first) f(Int<1>{}, first);
-  }
-}
 
 // Element vectors of a factor: entry (i, k) at data + i * outer + k * step, k the inner dimension.
 template <class M>

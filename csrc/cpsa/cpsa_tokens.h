@@ -5,53 +5,11 @@
 // group of channels of one image; it has `patches` tokens of `elements` vectors each.
 #pragma once
 
+#include "common/arena.h"
 #include "common/tiles.h"
 #include "cpsa.h"
 
-#define XATTN_LAMBDA_INLINE __attribute__((always_inline))
-
 namespace xattn::XATTN_ISA {
-
-template <class T>
-XATTN_INLINE void exchange(T& a, T& b) {
-  const T previous = a;
-  a = b;
-  b = previous;
-}
-
-// Memory of one thread, handed out in aligned pieces. With a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* piece = base_ + used_;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-// Two float vectors as interleaved bfloat16 pairs, and two stored rows of as many values.
-#if defined(__AVX512BF16__)
-XATTN_INLINE vu32 interleave(__m512i low_then_high) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return (vu32)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), low_then_high);
-}
-XATTN_INLINE vu32 to_pair(vfloat low, vfloat high) {
-  return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-}
-XATTN_INLINE vu32 to_pair(const bf16* low, const bf16* high) {
-  return interleave(_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)load_as<half_lanes>(low)),
-                                       (__m256i)load_as<half_lanes>(high), 1));
-}
-#endif
 
 // Tokens in scratch, as the tiles read them. A product over elements reads `by_element`, a product
 // over tokens reads `by_token`. With one value a step both are the same [token][element] vectors;

@@ -33,10 +33,10 @@ struct Backward {
   char* dense_memory;
 
   static int64_t scratch(const IpsaArgs& a, int64_t chunk_heads) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     const U u{a};
     Backward b(u, arena, chunk_heads);
-    return (int64_t)arena.at;
+    return arena.used();
   }
 
   Backward(const U& u, Arena& arena, int64_t heads) : u(u) {
@@ -83,7 +83,7 @@ struct Backward {
       }
     }
     // grad(r, c): vector c of row r of g.
-    const auto finish = [&](auto vectors, auto grad) __attribute__((always_inline)) {
+    const auto finish = [&](auto vectors, auto grad) XATTN_LAMBDA_INLINE {
       V sums[R];
       XATTN_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -115,7 +115,7 @@ struct Backward {
         }
       }
     };
-    const auto grad_tile = [&](auto& acc, int64_t first) __attribute__((always_inline)) {
+    const auto grad_tile = [&](auto& acc, int64_t first) XATTN_LAMBDA_INLINE {
       tile_broadcast<typename U::Multiply>(acc, grad_rows + i0 * u.stride_d(), u.stride_d(), 1,
                                            v_transposed + first * L, columns, L, u.steps_d());
       if (!factors) return;
@@ -129,10 +129,9 @@ struct Backward {
     if constexpr (U::kColumnsKnown > 0 && U::kColumnsKnown <= kMaxColumns) {
       V acc[R][U::kColumnsKnown] = {};
       grad_tile(acc, 0);
-      finish(U::kColumnsKnown,
-             [&](int r, int64_t c) __attribute__((always_inline)) { return acc[r][c]; });
+      finish(U::kColumnsKnown, [&](int r, int64_t c) XATTN_LAMBDA_INLINE { return acc[r][c]; });
     } else {
-      for_column_groups(columns / L, [&](auto group, int64_t first) __attribute__((always_inline)) {
+      for_columns<kMaxColumns, 1>(columns / L, [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
         constexpr int C = decltype(group)::value;
         V acc[R][C] = {};
         grad_tile(acc, first);
@@ -142,9 +141,8 @@ struct Backward {
           for (int c = 0; c < C; ++c) store(spill + r * columns + (first + c) * L, acc[r][c]);
         }
       });
-      finish(columns / L, [&](int r, int64_t c) __attribute__((always_inline)) {
-        return load(spill + r * columns + c * L);
-      });
+      finish(columns / L, [&](int r, int64_t c)
+                              XATTN_LAMBDA_INLINE { return load(spill + r * columns + c * L); });
     }
     for (int r = 0; r < R; ++r) {
       const int64_t row = (i0 + r) * stride;
@@ -166,7 +164,7 @@ struct Backward {
         const Weight* low = rows + 2 * s * stride;
         const Weight* high = 2 * s + 1 < u.n() ? low + stride : (const Weight*)zeros;
         for (int64_t j = 0; j < u.n(); j += L)
-          store(steps + s * stride + j, pair_bf16(low + j, high + j));
+          store(steps + s * stride + j, to_pair(low + j, high + j));
       }
     }
   }
@@ -175,7 +173,7 @@ struct Backward {
   XATTN_MEMBER auto gradient_writer(const Window& w, int64_t head, int which, int64_t i0) const {
     const IpsaArgs& a = u.args;
     const int64_t at = (which * a.heads + head) * u.d();
-    return [=](int r, int64_t c, V value) __attribute__((always_inline)) {
+    return [=](int r, int64_t c, V value) XATTN_LAMBDA_INLINE {
       const int64_t t = i0 + r, left = u.d() - c;
       if (t >= u.n()) return;
       if (w.pixel[t] >= 0) {
@@ -258,14 +256,14 @@ void backward_chunk(const IpsaArgs& a, const IpsaChunk& chunk, void* scratch) {
   using T = typename U::T;
   using S = typename U::Storage;
   const U u{a};
-  Arena arena{(char*)scratch};
+  Arena arena(scratch);
   const int64_t heads = chunk.head_end - chunk.head_begin;
   Backward<U> b(u, arena, heads);
   for (S* z = b.zeros; (char*)z < (char*)b.q_rows; ++z) *z = S{};
   if (chunk.grad_bias_bins) {
     for (int64_t i = 0; i < heads * u.dense_size(); ++i) b.bias_gradient[i] = 0;
   }
-  Arena dense{b.dense_memory};
+  Arena dense(b.dense_memory);
   DenseTerms<U> terms(u, chunk.head_begin, heads, dense);
   terms.clear();
   const Dropout dropout = make_dropout(a);

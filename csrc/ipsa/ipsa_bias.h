@@ -92,9 +92,9 @@ struct DenseTerms {
   bool* ready;  // [heads], then [3]
 
   static int64_t bytes(const U& u, int64_t heads) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     DenseTerms terms(u, 0, heads, arena);
-    return (int64_t)arena.at;
+    return arena.used();
   }
   DenseTerms(const U& u, int64_t head_begin, int64_t heads, Arena& arena)
       : u(u), head_begin(head_begin), heads(heads) {

@@ -37,7 +37,7 @@ struct Block {
   void linear(const T* in, int64_t in_row, int64_t in_features, const T* packed, const T* bias,
               int64_t out_features, Emit emit) const {
     const int64_t vectors = round_up(out_features, L) / L;
-    for_column_groups(vectors, [&](auto group, int64_t first) __attribute__((always_inline)) {
+    for_columns<kMaxColumns, 1>(vectors, [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
       constexpr int C = decltype(group)::value;
       V start[C];
       XATTN_UNROLL
@@ -87,13 +87,13 @@ struct Block {
     }
     linear(tokens, token_row, C, (const T*)block.qkv_weight, (const T*)block.qkv_bias, 3 * C,
            [&](int64_t t, int64_t c, V value)
-               __attribute__((always_inline)) { store(qkv + t * row + c, value); });
+               XATTN_LAMBDA_INLINE { store(qkv + t * row + c, value); });
     for (int64_t head = 0; head < a.heads; ++head) {
       attention.run(attention.windows[0][0], head, terms.bias(head), terms.mask(place.edge),
                     nullptr, attention.windows[0][0]);
     }
     linear(mixed, token_row, C, (const T*)block.proj_weight, (const T*)block.proj_bias, C,
-           [&](int64_t t, int64_t c, V value) __attribute__((always_inline)) {
+           [&](int64_t t, int64_t c, V value) XATTN_LAMBDA_INLINE {
              if (t >= u.n() || place.pixel[t] < 0) return;
              store_n((T*)a.out + place.pixel[t] * C + c, value, C - c);
            });
@@ -113,9 +113,9 @@ template <class U>
 int64_t block_scratch(const IpsaBlockArgs& block) {
   const IpsaArgs inner = window_args<U>(block.map);
   const U u{inner};
-  Arena arena{nullptr};
+  Arena arena(nullptr);
   Block<U> b(block, u, arena);
-  return (int64_t)arena.at;
+  return arena.used();
 }
 
 template <class U>
@@ -123,7 +123,7 @@ void block_windows(const IpsaBlockArgs& block, int64_t begin, int64_t end, void*
   using T = typename U::T;
   IpsaArgs inner = window_args<U>(block.map);
   const U u{inner};
-  Arena arena{(char*)scratch};
+  Arena arena(scratch);
   Block<U> b(block, u, arena);
   inner.qkv = b.qkv;
   inner.out = b.mixed;
@@ -133,7 +133,7 @@ void block_windows(const IpsaBlockArgs& block, int64_t begin, int64_t end, void*
     b.attention.windows[0][0].qkv[t] = t * Block<U>::qkv_row(inner);
     b.attention.windows[0][0].pixel[t] = t;
   }
-  Arena dense{b.attention.dense_memory};
+  Arena dense(b.attention.dense_memory);
   DenseTerms<U> terms(u, 0, inner.heads, dense);
   terms.clear();
   for (int64_t index = begin; index < end; ++index) b.run(index, terms);
@@ -143,7 +143,7 @@ void block_windows(const IpsaBlockArgs& block, int64_t begin, int64_t end, void*
 template <class T>
 void pack_weight(const T* weight, int64_t out_features, int64_t in_features, T* packed) {
   constexpr int L = Lanes<T>::n;
-  for_column_groups(round_up(out_features, L) / L, [&](auto group, int64_t first) {
+  for_columns<kMaxColumns, 1>(round_up(out_features, L) / L, [&](auto group, int64_t first) {
     constexpr int width = decltype(group)::value * L;
     T* panel = packed + first * L * in_features;
     for (int64_t j = 0; j < width; ++j) {

@@ -13,11 +13,6 @@
 namespace xattn::XATTN_ISA {
 namespace {
 
-template <class T>
-struct Type {
-  using type = T;
-};
-
 // CAT's sizes are compiled in for the dtypes that models run in; any other size is a run-time
 // value.
 template <class S, class M, class F>

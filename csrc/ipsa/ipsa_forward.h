@@ -37,10 +37,10 @@ struct Forward {
   using Weight = typename U::Weight;
 
   static int64_t scratch(const IpsaArgs& a) {
-    Arena arena{nullptr};
+    Arena arena(nullptr);
     const U u{a};
     Forward f(u, arena, a.heads);
-    return (int64_t)arena.at;
+    return arena.used();
   }
 
   const U& u;
@@ -101,13 +101,13 @@ struct Forward {
     const typename U::Logits logits{T(a.scale * kLog2e), bias, mask, keys, tail};
     // The softmax of a tile has long chains of dependent steps; the products of the tile before,
     // which come after it here, fill them.
-    const auto emit = [&](int64_t tile) __attribute__((always_inline)) {
+    const auto emit = [&](int64_t tile) XATTN_LAMBDA_INLINE {
       const int64_t i0 = tile * U::kTileRows;
       const T* by = inverse[tile & 1];
       S* out = (S*)a.out + head * u.d();
       u.weighted_sum((const Elem*)weights[tile & 1], u.weight_stride() / U::kStep, 1, values,
                      [&](int r) { return by[r]; },
-                     [&](int r, int64_t c, auto value) __attribute__((always_inline)) {
+                     [&](int r, int64_t c, auto value) XATTN_LAMBDA_INLINE {
                        if (i0 + r >= u.n() || w.pixel[i0 + r] < 0) return;
                        store_n(out + w.pixel[i0 + r] * a.out_pixel + c, value, u.d() - c);
                      });
@@ -144,10 +144,10 @@ template <class U>
 void forward_units(const IpsaArgs& a, int64_t begin, int64_t end, void* scratch) {
   using S = typename U::Storage;
   const U u{a};
-  Arena arena{(char*)scratch};
+  Arena arena(scratch);
   Forward<U> f(u, arena, a.heads);
   for (int64_t i = 0; i < 2 * u.width_d(); ++i) f.zeros[i] = S{};
-  Arena dense{f.dense_memory};
+  Arena dense(f.dense_memory);
   DenseTerms<U> terms(u, 0, a.heads, dense);
   terms.clear();
   const Dropout dropout = make_dropout(a);

@@ -2,16 +2,12 @@
 #pragma once
 
 #include "common/dropout.h"
+#include "common/loops.h"
 #include "common/tiles.h"
 #include "ipsa.h"
 #include "ipsa_window.h"
 
 namespace xattn::XATTN_ISA {
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
 
 // Accumulators kRows x kMaxColumns fill the register file; 7 divides the 49 tokens of CAT.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -20,24 +16,6 @@ constexpr int kRowsOf49 = 7, kRowsOfAny = 8;
 constexpr int kRowsOf49 = 4, kRowsOfAny = 4;
 #endif
 constexpr int kMaxColumns = 3;
-
-// Calls f(Int<C>, first) for groups of C <= kMaxColumns vectors that cover `count`.
-template <class F>
-XATTN_INLINE void for_column_groups(int64_t count, F f) {
-  for (int64_t first = 0; first < count;) {
-    const int64_t left = count - first;
-    if (left == 3 || left > 4) {
-      f(Int<3>{}, first);
-      first += 3;
-    } else if (left >= 2) {
-      f(Int<2>{}, first);
-      first += 2;
-    } else {
-      f(Int<1>{}, first);
-      first += 1;
-    }
-  }
-}
 
 // S: storage type. M: multiply policy. kTokens, kHeadDim: sizes known at compile time, or 0.
 template <class S, class M, int kRows, int kTokens, int kHeadDim>
@@ -128,10 +106,10 @@ struct Unit {
         if constexpr (kPairs) {
           const S* second = s * 2 + 1 < n() ? tokens.row(s * 2 + 1) : tokens.zeros;
           if (dim - c >= L) {
-            store(out + s * stride + c, pair_bf16(row + c, second + c));
+            store(out + s * stride + c, to_pair(row + c, second + c));
           } else {
             store(out + s * stride + c,
-                  pair_bf16(load_n(row + c, dim - c), load_n(second + c, dim - c)));
+                  to_pair(load_n(row + c, dim - c), load_n(second + c, dim - c)));
           }
         } else {
           store(out + s * stride + c, load_n(row + c, dim - c));
@@ -191,7 +169,7 @@ struct Unit {
     alignas(64) W tail_weights[2 * L];
 
     // From the logits of each row, given as vectors by logit(r, c), to its weights.
-    const auto softmax = [&](auto vectors, auto logit) __attribute__((always_inline)) {
+    const auto softmax = [&](auto vectors, auto logit) XATTN_LAMBDA_INLINE {
       V rows[kRows];
       XATTN_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -243,9 +221,9 @@ struct Unit {
           for (int c = 0; c < kColumns; ++c) acc[r][c] += load(mask + r * columns + c * L);
         }
       }
-      softmax(kColumns, [&](int r, int64_t c) __attribute__((always_inline)) { return acc[r][c]; });
+      softmax(kColumns, [&](int r, int64_t c) XATTN_LAMBDA_INLINE { return acc[r][c]; });
     } else {
-      for_column_groups(columns / L, [&](auto group, int64_t first) __attribute__((always_inline)) {
+      for_columns<kMaxColumns, 1>(columns / L, [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
         constexpr int C = decltype(group)::value;
         V acc[kRows][C] = {};
         tile_broadcast<M>(acc, queries + i0 * stride_d(), stride_d(), 1, logits.keys + first * L,
@@ -261,9 +239,8 @@ struct Unit {
           }
         }
       });
-      softmax(columns / L, [&](int r, int64_t c) __attribute__((always_inline)) {
-        return load(spill + r * columns + c * L);
-      });
+      softmax(columns / L, [&](int r, int64_t c)
+                               XATTN_LAMBDA_INLINE { return load(spill + r * columns + c * L); });
     }
 
     XATTN_UNROLL
@@ -290,7 +267,7 @@ struct Unit {
   template <class Factor, class Out>
   XATTN_MEMBER void weighted_sum(const Elem* a, int64_t a_row, int64_t a_step, const Elem* values,
                                  Factor factor, Out out) const {
-    for_column_groups(width_d() / L, [&](auto group, int64_t first) __attribute__((always_inline)) {
+    for_columns<kMaxColumns, 1>(width_d() / L, [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
       constexpr int C = decltype(group)::value;
       V acc[kRows][C] = {};
       tile_broadcast<M>(acc, a, a_row, a_step, values + first * L, width_d(), L, steps_n());

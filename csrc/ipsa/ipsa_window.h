@@ -2,7 +2,7 @@
 // padded or rolled copy of the map.
 #pragma once
 
-#include "common/simd.h"
+#include "common/arena.h"
 #include "ipsa.h"
 
 namespace xattn::XATTN_ISA {
@@ -34,17 +34,6 @@ TokenRows<S> qkv_rows(const IpsaArgs& a, const Window& w, int64_t head, int whic
   const S* outside = a.pad_qkv ? (const S*)a.pad_qkv + at : zeros;
   return {(const S*)a.qkv + at, w.qkv, outside, zeros};
 }
-
-// Splits scratch memory into aligned arrays.
-struct Arena {
-  char* at;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = (T*)at;
-    at += round_up(count * (int64_t)sizeof(T), 64);
-    return p;
-  }
-};
 
 XATTN_INLINE Window new_window(const IpsaArgs& a, Arena& arena) {
   return {arena.take<int64_t>(a.tokens()), arena.take<int64_t>(a.tokens()),
