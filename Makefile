@@ -1,5 +1,5 @@
 # Every target sets up .venv from nothing: pinned packages, native build, editable install.
-#   make demo    a real photo through CAT, pictures in demo/
+#   make demo    a real photo through a model, pictures in demo/
 #   make test    the test suite
 #   make check   ruff, ruff-format, clang-format, mypy
 #   make bench   the benchmarks of the README
@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m xattn_ops bench ipsa cpsa --blocks --models $(ARGS)
+	$(BIN)/python -m xattn_ops bench --blocks --models $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

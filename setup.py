@@ -156,6 +156,9 @@ setup(
         *sorted(f"xattn_ops.{path.parent.name}" for path in ROOT.glob("xattn_ops/*/__init__.py")),
         "xattn_ops.models",
         "xattn_ops.benchmarks",
+        *sorted(
+            f"xattn_ops.benchmarks.{p.parent.name}" for p in ROOT.glob("benchmarks/*/__init__.py")
+        ),
     ],
     package_dir={"xattn_ops.models": "models", "xattn_ops.benchmarks": "benchmarks"},
     package_data={"xattn_ops": ["py.typed"]},

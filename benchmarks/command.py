@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,7 +55,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    """Every case to run, operators first, then blocks, then models."""
+    """Every case to run, operators first, then blocks, then models.
+
+    Blocks and models alone where they are asked for and no operator is.
+    """
     for name in args.operators:
         if name not in cases.OPERATORS:
             raise ValueError(f"no operator {name!r}; there are {', '.join(cases.OPERATORS)}")
@@ -64,26 +66,33 @@ def _plan(args: argparse.Namespace) -> Plan:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
     only_whole = (args.blocks or args.models is not None) and not args.operators
-    names = [] if only_whole else args.operators or list(cases.OPERATORS)
-    staged = [case for name in dict.fromkeys(names) for case in cases.OPERATORS[name]]
-    staged += ["cab"] * args.blocks
-    models = [] if args.models is None else args.models or ["cat_small"]
-    for name in models:
+    names = list(dict.fromkeys(args.operators or cases.OPERATORS))
+    staged = [] if only_whole else [case for name in names for case in cases.OPERATORS[name]]
+    if args.blocks:
+        staged += dict.fromkeys(cases.BLOCKS[name] for name in names)
+    models = args.models
+    if models == []:
+        models = dict.fromkeys(model for name in names for model in cases.MODELS[name])
+    for name in models or ():
         cases.check_model(name)
     return [
-        *_product(staged, args.stages, args.dtype, args.direction),
-        *_product(models, [0], args.dtype, args.direction),
+        (name, stage, dtype, direction)
+        for name in (*staged, *(models or ()))
+        for dtype in args.dtype
+        for direction in args.direction
+        for stage in _stages(args.stages, name)
     ]
 
 
-def _product(
-    names: list[str], stages: list[int], dtypes: list[str], directions: list[str]
-) -> Iterator[tuple[str, int, str, str]]:
-    for name in names:
-        for dtype in dtypes:
-            for direction in directions:
-                for stage in stages:
-                    yield name, stage, dtype, direction
+def _stages(wanted: list[int] | None, name: str) -> list[int]:
+    """Which shapes of a case to run; a model has one."""
+    if name not in cases.SHAPES:
+        return [0]
+    there = range(len(cases.SHAPES[name]))
+    for stage in wanted or ():
+        if stage not in there:
+            raise ValueError(f"{name} has the stages 0 to {there[-1]}, got --stages {stage}")
+    return list(there) if wanted is None else wanted
 
 
 def _measure(

@@ -36,6 +36,12 @@ class Peak:
     peak_bytes: int
     result_bytes: int  # output and gradients: no implementation can do with less
     dense_bytes: int  # one attention matrix of all units
+    tokens: int  # of one image; 0 where it makes no sense
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """The same at every size where memory is linear in the number of tokens."""
+        return self.peak_bytes / (self.batch * self.tokens) if self.tokens else None
 
 
 def available() -> str:
@@ -73,7 +79,7 @@ def peak_of_step(operator: str, stage: int, batch: int, dtype: str, variant: str
     warm = {**small.ours, **small.plain}[variant]
     warm.step(torch.ones_like(warm.forward()))
     with torch.no_grad():
-        shape = (batch, *warm.forward().shape[1:])
+        shape = (case.batch, *warm.forward().shape[1:])
     grad = torch.ones(shape, dtype=case.dtype)
     del small, warm
     gc.collect()
@@ -85,12 +91,13 @@ def peak_of_step(operator: str, stage: int, batch: int, dtype: str, variant: str
     return Peak(
         operator=case.operator,
         shape=case.shape,
-        batch=batch,
+        batch=case.batch,
         dtype=dtype,
         variant=variant,
         peak_bytes=peak,
         result_bytes=sum(t.numel() * t.element_size() for t in results),
         dense_bytes=case.dense_bytes,
+        tokens=case.tokens,
     )
 
 

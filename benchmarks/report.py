@@ -114,7 +114,7 @@ def table(rows: Sequence[Row]) -> Table:
         label = f"{row.operator} {row.shape}" + (f" {row.variant}" * (row.variant != "fused"))
         head = [label, _short(row.dtype), row.direction]
         if row.timing is None:
-            out.add_row(*head, "[red]not timed: " + row.refused)
+            out.add_row(*head, *["-"] * (len(names) + 5), "[red]wrong")
             continue
         figures = [
             f"{row.timing.median * 1e3:.3f}",
@@ -130,23 +130,29 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def memory_table(peaks: Sequence[Peak]) -> Table:
-    """Peak of a training step beyond its operands, by variant."""
+    """Peak of a training step beyond its operands, by variant, also for each token."""
     from rich.table import Table
 
     out = Table(title="Peak memory of a training step beyond its operands (MiB, fresh process)")
     out.add_column("case", no_wrap=True)
     out.add_column("dtype", no_wrap=True)
     variants = list(dict.fromkeys(peak.variant for peak in peaks))
-    for title in (*variants, "output and gradients", "one N x N tensor"):
+    by_token = [f"{variant}, bytes a token" for variant in variants]
+    for title in (*variants, "output and gradients", "one N x N tensor", *by_token):
         out.add_column(title, justify="right")
     cells: dict[tuple[str, str, str], dict[str, Peak]] = {}
     for peak in peaks:
         cells.setdefault((peak.operator, peak.shape, peak.dtype), {})[peak.variant] = peak
     for (operator, shape, dtype), by_variant in cells.items():
         some = next(iter(by_variant.values()))
-        figures = [_mib(by_variant[v].peak_bytes) if v in by_variant else "-" for v in variants]
+        found = [by_variant.get(variant) for variant in variants]
+        figures = ["-" if one is None else _mib(one.peak_bytes) for one in found]
         dense = _mib(some.dense_bytes) if some.dense_bytes else "-"
-        out.add_row(f"{operator} {shape}", _short(dtype), *figures, _mib(some.result_bytes), dense)
+        figures += [_mib(some.result_bytes), dense]
+        for one in found:
+            share = None if one is None else one.bytes_per_token
+            figures.append("-" if share is None else f"{share:.0f}")
+        out.add_row(f"{operator} {shape}", _short(dtype), *figures)
     return out
 
 
@@ -194,7 +200,9 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         raise ValueError("nothing was timed, so there is nothing to plot")
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.2 * lines), layout="constrained")
+    most = max(len({row.shape for row in members}) for members in panels.values())
+    width = max(4.6, 1.15 * most)  # a shape's label needs an inch
+    figure = Figure(figsize=(width * columns, 3.2 * lines), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, ((operator, dtype, direction), members) in zip(axes, panels.items(), strict=False):
@@ -211,6 +219,7 @@ COLOURS = {
     "fused + compile": "#5fb49c",
     "eager": "#b0b7bf",
     "sdpa": "#8894a1",
+    "nhwc": "#8894a1",
     "compile": "#5d6b7a",
     "flex": "#d8b365",
 }

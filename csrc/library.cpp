@@ -33,6 +33,23 @@ STABLE_TORCH_LIBRARY(xattn_ops, m) {
       "Tensor proj_weight, Tensor? proj_bias, Tensor? seed, int patch_h, int patch_w, "
       "int num_heads, float scale, float dropout_p) -> (Tensor grad_x, Tensor grad_qkv_weight, "
       "Tensor grad_qkv_bias, Tensor grad_proj_weight, Tensor grad_proj_bias)");
+  m.def(
+      "convrel_fwd(Tensor qkv, Tensor conv_weight, Tensor? conv_bias, int[] windows, "
+      "int[] channels, int num_heads, SymInt grid_h, SymInt grid_w, int num_prefix_tokens, float "
+      "scale) "
+      "-> (Tensor out, Tensor state)");
+  m.def(
+      "convrel_bwd(Tensor grad_out, Tensor qkv, Tensor conv_weight, Tensor? conv_bias, "
+      "Tensor state, int[] windows, int[] channels, int num_heads, SymInt grid_h, SymInt grid_w, "
+      "int num_prefix_tokens, float scale) "
+      "-> (Tensor grad_qkv, Tensor grad_conv_weight, Tensor grad_conv_bias)");
+  m.def(
+      "convpos_fwd(Tensor x, Tensor weight, Tensor? bias, SymInt grid_h, SymInt grid_w, "
+      "int num_prefix_tokens) -> Tensor");
+  m.def(
+      "convpos_bwd(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, SymInt grid_h, "
+      "SymInt grid_w, int num_prefix_tokens) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
 namespace xattn {

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from xattn_ops import CrossPatchAttention, InnerPatchAttention
 from xattn_ops._linear import linear
@@ -20,9 +19,14 @@ from xattn_ops.models.layers import (
     DropPath,
     Linear,
     Mlp,
+    PatchEmbed,
+    add_mlp,
+    check_image,
+    image_size,
     init_weights,
     interleave,
     pad_to_multiple,
+    run,
 )
 from xattn_ops.models.registry import register
 
@@ -30,31 +34,26 @@ PATCH = 7  # N of the paper: rows and columns of an IPSA window and of a CPSA pa
 STRIDE = 4  # of the patch embedding
 
 
-class PatchEmbed(nn.Module):
-    """[B, 3, H, W], 4 divides H and W -> [B, H/4, W/4, C]: 4x4 patches projected, LayerNorm.
+class SliceEmbed(nn.Module):
+    """[B, 3, H, W], 4 divides H and W -> [B, H/4, W/4, C], as PatchEmbed (paper, table 5).
 
-    kind: "conv", a 4x4 convolution, or "slice", two rounds of the 2x2 interleave and a 1x1
-    convolution (paper, table 5).
+    Two rounds of the 2x2 interleave and a 1x1 convolution stand for the 4x4 convolution.
     """
 
-    def __init__(self, dim: int, kind: str) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        if kind not in ("conv", "slice"):
-            raise ValueError(f"patch_embed is '{kind}'; allowed are 'conv' and 'slice'")
-        self.kind = kind
-        self.proj = (
-            nn.Conv2d(3, dim, STRIDE, STRIDE)
-            if kind == "conv"
-            else nn.Conv2d(3 * STRIDE * STRIDE, dim, 1)
-        )
+        self.proj = nn.Conv2d(3 * STRIDE * STRIDE, dim, 1)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        image = image.contiguous(memory_format=torch.channels_last)  # the map then is so too
-        if self.kind == "conv":
-            return self.norm(self.proj(image).permute(0, 2, 3, 1))
         pixels = interleave(interleave(image.permute(0, 2, 3, 1)))
         return self.norm(linear(pixels, self.proj.weight.flatten(1), self.proj.bias))
+
+
+def _patch_embed(dim: int, kind: str) -> nn.Module:
+    if kind not in ("conv", "slice"):
+        raise ValueError(f"patch_embed is '{kind}'; allowed are 'conv' and 'slice'")
+    return PatchEmbed(3, dim, STRIDE) if kind == "conv" else SliceEmbed(dim)
 
 
 class Block(nn.Module):
@@ -70,9 +69,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop_path(self.attn(self.norm1(x)), x)
-        if self.drop_path.active:
-            return self.drop_path(self.mlp(self.norm2(x)), x)
-        return self.mlp(self.norm2(x), residual=x)
+        return add_mlp(self.mlp, self.norm2(x), x, self.drop_path)
 
 
 class Downsample(nn.Module):
@@ -134,14 +131,11 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         blocks = zip(self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True)
         for cab in blocks:
-            if self.checkpoint and self.training and torch.is_grad_enabled():
-                x = checkpoint(_run, cab, x, use_reentrant=False)
-            else:
-                x = _run(cab, x)
+            x = run(_in_a_row, cab, x, recompute=self.checkpoint and self.training)
         return x
 
 
-def _run(blocks: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+def _in_a_row(blocks: tuple[nn.Module, ...], x: Tensor) -> Tensor:
     for block in blocks:
         x = block(x)
     return x
@@ -190,9 +184,9 @@ class CAT(nn.Module):
         if isinstance(cpsa_heads, str) and cpsa_heads != "patch":
             raise ValueError(f"cpsa_heads is '{cpsa_heads}'; allowed are a number and 'patch'")
         self.features_only = features_only
-        self.img_size = _image_size(img_size)
+        self.img_size = image_size(img_size)
         self.grid = tuple(math.ceil(size / STRIDE) for size in self.img_size)
-        self.patch_embed = PatchEmbed(dim, patch_embed)
+        self.patch_embed = _patch_embed(dim, patch_embed)
         self.ape: nn.Parameter | None = None
         if ape:
             height, width = self.grid
@@ -251,16 +245,12 @@ class CAT(nn.Module):
         return maps
 
     def _padded(self, image: Tensor) -> Tensor:
-        if image.dim() != 4 or image.shape[1] != 3:
-            raise ValueError(f"image is {list(image.shape)}; it must be [B, 3, H, W]")
-        size = tuple(image.shape[2:])
+        size = check_image(image)
         if not self.features_only and self.ape is not None and size != self.img_size:
             raise ValueError(
                 f"image is {size[0]} x {size[1]}; this classifier takes {self.img_size[0]} x "
                 f"{self.img_size[1]} (see create_model's img_size and features_only)"
             )
-        if min(size) < 1:
-            raise ValueError(f"image is {list(image.shape)}; its sides must be at least 1")
         bottom, right = -size[0] % STRIDE, -size[1] % STRIDE
         if bottom or right:
             image = nn.functional.pad(image, (0, right, 0, bottom))
@@ -284,14 +274,6 @@ class CAT(nn.Module):
             state["ape"] = grid if self.features_only else grid.flatten(2).transpose(1, 2)
         from_classifier = self.features_only and "norm.weight" in state
         return state, ("norm", "head.") if from_classifier else ()
-
-
-def _image_size(img_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    size = 224 if img_size is None else img_size
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"img_size is {img_size!r}; it must be a positive int or a pair of them")
-    return pair
 
 
 def _ape_grid(official: Tensor) -> Tensor | None:

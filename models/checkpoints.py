@@ -25,7 +25,8 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
         state_dict: the official state dict, or a checkpoint that holds it under "state_dict" or
             "model"; a "module." prefix is dropped. Position embeddings are reshaped between the
             classifier's and the backbone's layout and resized bicubically to the model's image
-            size. Index buffers are compared with the model's rule and dropped. A classifier's
+            size. Index buffers are compared with the model's rule and dropped. A tensor that the
+            model shares between several keys may stand under any of them. A classifier's
             checkpoint may go into a features_only model.
 
     Returns:
@@ -34,12 +35,14 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
 
     Raises:
         TypeError: where the checkpoint holds no tensors.
-        ValueError: listing every missing, unexpected and misshaped key; the model is unchanged.
+        ValueError: listing every missing, unexpected and misshaped key, and keys of one shared
+            tensor whose values differ; the model is unchanged.
     """
     adapt = getattr(model, "adapt_official", None)
     if adapt is None:
         raise TypeError(f"{type(model).__name__} is not a model of this library")
     state, optional = adapt(_unwrap(state_dict))
+    differing = _spread_shared(model, state)
     own = model.state_dict()
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
@@ -56,12 +59,37 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
         "missing": [key for key in missing if key not in report.kept],
         "unexpected": [key for key in unexpected if key not in report.ignored],
         "misshaped": misshaped,
+        "different values of one tensor": differing,
     }
     if any(problems.values()):
         lists = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
         raise ValueError("the checkpoint does not fit the model; " + "; ".join(lists))
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     return report
+
+
+def _spread_shared(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Put each tensor that the model shares under all of its keys in `state`.
+
+    Returns:
+        "first = other" for each key whose value differs from that of the tensor's first key.
+    """
+    keys_of: dict[int, list[str]] = {}
+    for key, tensor in model.named_parameters(remove_duplicate=False):
+        keys_of.setdefault(id(tensor), []).append(key)
+    differing = []
+    for keys in keys_of.values():
+        first, *others = [key for key in keys if key in state] or keys
+        if first not in state:
+            continue
+        value = state[first]
+        differing += [
+            f"{first} = {key}"
+            for key in others
+            if state[key].shape == value.shape and not torch.equal(state[key].to(value), value)
+        ]
+        state.update({key: value for key in keys if key not in state})
+    return differing
 
 
 def resize_positions(grid: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xattn_ops._linear import linear, mlp
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> [B, H // patch, W // patch, dim]: whole patches projected, LayerNorm."""
+
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.contiguous(memory_format=torch.channels_last)  # the map then is so too
+        return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
 
 class DropPath(nn.Module):
@@ -44,16 +61,60 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))), with an optional residual added in the same pass."""
+    """fc2(gelu(fc1(x))), with an optional residual added in the same pass.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    drop: dropout in training, after the GELU and after fc2.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.drop = drop
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
+        if self.training and self.drop > 0:
+            hidden = F.dropout(linear(x, fc1.weight, fc1.bias, "gelu"), self.drop)
+            y = F.dropout(linear(hidden, fc2.weight, fc2.bias), self.drop)
+            return y if residual is None else residual + y
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual)
+
+
+def add_mlp(mlp: nn.Module, x: Tensor, shortcut: Tensor, drop_path: DropPath) -> Tensor:
+    """shortcut + DropPath(mlp(x)); one pass where no path may be dropped."""
+    if drop_path.active:
+        return drop_path(mlp(x), shortcut)
+    return mlp(x, residual=shortcut)
+
+
+def run(block: Callable[..., Any], *args: Any, recompute: bool) -> Any:
+    """block(*args); with recompute, backward computes its activations anew instead of keeping them.
+
+    The random numbers are the same both times.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def image_size(img_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """`create_model`'s img_size as (height, width); None: 224 x 224."""
+    size = 224 if img_size is None else img_size
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"img_size is {img_size!r}; it must be a positive int or a pair of them")
+    return pair
+
+
+def check_image(image: Tensor) -> tuple[int, int]:
+    """Height and width of an image [B, 3, H, W] with at least one pixel; ValueError for others."""
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image is {list(image.shape)}; it must be [B, 3, H, W]")
+    height, width = image.shape[2:]
+    if height < 1 or width < 1:
+        raise ValueError(f"image is {list(image.shape)}; its sides must be at least 1")
+    return height, width
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -6,23 +6,18 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from rich.console import Console
+from support.benchmarks import tiny
 
-from xattn_ops import CrossPatchAttention, InnerPatchAttention, cli, inner_patch_attention
-from xattn_ops.benchmarks import baselines, cases, memory, report, roofline, runner, timing
-from xattn_ops.benchmarks.cases import FORWARD, STEP, Stage
+from xattn_ops import cli, inner_patch_attention
+from xattn_ops.benchmarks import cases, command, memory, report, roofline, runner, timing
+from xattn_ops.benchmarks.cases import FORWARD, STEP
 from xattn_ops.benchmarks.roofline import Roofline
 from xattn_ops.benchmarks.timing import Timing
-from xattn_ops.cpsa import cross_patch_attention_reference
-from xattn_ops.ipsa import inner_patch_attention_reference
 
-TINY = Stage(6, 9, 8, 2, window=(3, 3))
 QUICK = runner.Settings(budget=0.01, min_rounds=3, compile=False, max_spread=1e9, max_waited=1e9)
 ROOF = Mock(spec=Roofline, **{"least_seconds.return_value": 1e-9})
 OPERATORS = list(cases.BUILDERS)
-
-
-def tiny(operator, direction=FORWARD, dtype=torch.float32):
-    return cases.BUILDERS[operator](TINY, 2, dtype, direction)
 
 
 def calm(seconds, **changes):
@@ -94,53 +89,6 @@ def test_timing_refuses_what_gives_no_median(arguments, message):
         timing.interleaved(**arguments)
 
 
-# ------------------------------------------------------------------------------------- baselines
-
-
-@pytest.mark.parametrize("make_core", [baselines.eager_core, baselines.sdpa_core])
-def test_plain_ipsa_is_the_reference(make_core):
-    qkv, table = torch.randn(2, 6, 8, 24).double(), torch.randn(3 * 7, 4).double()
-    expected = inner_patch_attention_reference(qkv, table, num_heads=4, window=(2, 4))
-    from_table = baselines.ipsa_table(make_core, 4, (2, 4))(qkv, table)
-    bias = baselines.gather_bias(table, baselines.relative_index(2, 4))
-    from_dense = baselines.ipsa_dense(make_core, 4, (2, 4))(qkv, bias)
-    torch.testing.assert_close(from_table, expected)
-    torch.testing.assert_close(from_dense, expected)
-
-
-def test_flex_ipsa_is_the_reference():
-    qkv, table = torch.randn(1, 4, 4, 96), torch.randn(7 * 7, 2)
-    expected = inner_patch_attention_reference(qkv, table, num_heads=2, window=(4, 4))
-    bias = baselines.gather_bias(table, baselines.relative_index(4, 4))
-    actual = baselines.ipsa_dense(baselines.flex_core, 2, (4, 4))(qkv, bias)
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("attend", [baselines.attend_eager, baselines.attend_sdpa])
-def test_plain_cpsa_is_the_reference(attend):
-    shapes = [(2, 4, 9, 5), (18, 6), (18,), (6, 6), (6,)]
-    operands = [torch.randn(shape).double() for shape in shapes]
-    expected = cross_patch_attention_reference(*operands, patch=(2, 3))
-    torch.testing.assert_close(baselines.cpsa(attend, (2, 3))(*operands), expected)
-
-
-def test_a_plain_copy_computes_the_same_and_leaves_the_model_alone():
-    modules = [InnerPatchAttention(8, 2, (3, 3)), CrossPatchAttention((3, 3))]
-    model = torch.nn.Sequential(*modules).double()
-    plain = baselines.plain_copy(model)
-    x = torch.randn(2, 6, 6, 8).double()
-    torch.testing.assert_close(plain(x), model(x))
-    assert [type(m) for m in plain] == [baselines.PlainInnerPatch, baselines.PlainCrossPatch]
-    assert [type(m) for m in model] == [InnerPatchAttention, CrossPatchAttention]
-
-
-def test_plain_linears_are_those_of_torch_and_only_within(monkeypatch):
-    monkeypatch.setattr(baselines._linear, "PREFER_ONEDNN", True)
-    with baselines.plain_linears():
-        assert not baselines._linear.PREFER_ONEDNN
-    assert baselines._linear.PREFER_ONEDNN
-
-
 # ---------------------------------------------------------------------------------------- runner
 
 
@@ -159,10 +107,11 @@ def test_each_case_passes_its_check_and_is_measured(operator, dtype, direction):
     assert set(row.skipped.values()) == {"left out"}
 
 
-def test_compiled_baselines_run_where_they_are_asked_for():
-    case = tiny("ipsa")
+@pytest.mark.parametrize(("operator", "other"), [("ipsa", "sdpa"), ("convrel", "nhwc")])
+def test_compiled_baselines_run_where_they_are_asked_for(operator, other):
+    case = tiny(operator)
     (row,) = runner.run(case, replace(QUICK, compile=True), ROOF)
-    assert {"eager", "sdpa"} <= set(row.baselines)
+    assert {"eager", other} <= set(row.baselines)
     assert set(row.baselines) | set(row.skipped) == set(case.plain)
 
 
@@ -312,6 +261,26 @@ def test_peak_memory_counts_at_least_the_results():
     shapes = [(2, 7, 7, 768)] * 2 + [(147, 49), (147,), (49, 49), (49,)]
     assert peak.result_bytes == 4 * sum(torch.Size(shape).numel() for shape in shapes)
     assert peak.result_bytes <= peak.peak_bytes < 1 << 30
+    assert peak.bytes_per_token == peak.peak_bytes / (2 * 49)
+
+
+@pytest.mark.skipif(bool(memory.available()), reason=memory.available())
+def test_peak_memory_of_a_detectors_map_is_a_few_maps_and_no_matrix():
+    peak = memory.measure("convrel", 6, 8, "float32", "fused", threads=1)
+    assert (peak.batch, peak.tokens) == (1, 1 + 128 * 128)
+    one_map = 4 * 64 * peak.tokens
+    assert 4 * one_map <= peak.result_bytes <= peak.peak_bytes < 32 * one_map
+    assert peak.dense_bytes == 8 * 4 * peak.tokens**2
+
+
+def test_the_memory_table_gives_bytes_a_token_where_there_are_tokens(capsys):
+    ours = memory.Peak("convrel", "128x128 8x8 B=1", 1, "float32", "fused", 2000, 1000, 0, 10)
+    peaks = [ours, replace(ours, variant="eager", peak_bytes=5004)]
+    peaks.append(replace(ours, operator="cab", shape="7x7x768", tokens=0))
+    Console(width=150).print(report.memory_table(peaks))
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    cells = {line[0]: line[-2:] for line in lines if "f32" in line}
+    assert cells == {"convrel": ["200", "500"], "cab": ["-", "-"]}
 
 
 @pytest.mark.skipif(bool(memory.available()), reason=memory.available())
@@ -353,6 +322,47 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        pytest.param(
+            ["convrel", "--stages", "0", "7"],
+            [("convrel", 0), ("convrel", 7), ("convrel_module", 0), ("convrel_module", 7)],
+            id="stages",
+        ),
+        pytest.param(["convpos"], [("convpos", i) for i in range(8)], id="all-stages"),
+        pytest.param(
+            ["cpsa", "--stages", "3", "--blocks", "--models"],
+            [("cpsa", 3), ("cab", 3), ("cat_small", 0)],
+            id="what-goes-with-cat",
+        ),
+        pytest.param(
+            ["convpos", "--stages", "3", "--blocks", "--models"],
+            [("convpos", 3), ("coat_block", 3), ("coat_lite_small", 0), ("coat_mini", 0)],
+            id="what-goes-with-coat",
+        ),
+        pytest.param(
+            ["--models", "--blocks", "--stages", "3"],
+            [("cab", 3), ("coat_block", 3)]
+            + [(name, 0) for name in ("cat_small", "coat_lite_small", "coat_mini")],
+            id="blocks-and-models-alone",
+        ),
+        pytest.param(["--models", "coat_tiny"], [("coat_tiny", 0)], id="a-model"),
+    ],
+)
+def test_the_command_plans_what_is_asked_for(arguments, expected):
+    asked = cli.parser().parse_args(["bench", *arguments, "--direction", FORWARD])
+    assert command._plan(asked) == [(*case, "float32", FORWARD) for case in expected]
+
+
+def test_a_plan_goes_by_operator_dtype_direction_and_stage():
+    arguments = ["bench", "cpsa", "convpos", "--stages", "1", "2", "--dtype", "float32", "bfloat16"]
+    plan = command._plan(cli.parser().parse_args(arguments))
+    names, dtypes = ("cpsa", "convpos"), ("float32", "bfloat16")
+    directions, stages = (FORWARD, STEP), (1, 2)
+    assert plan == [(n, s, t, d) for n in names for t in dtypes for d in directions for s in stages]
+
+
 def test_the_markdown_has_a_line_for_each_operator_and_says_busy(monkeypatch):
     rows = []
     for ours in (calm(1.0), calm(2.0), calm(1.0, iqr=0.5)):
@@ -368,18 +378,24 @@ def test_the_markdown_has_a_line_for_each_operator_and_says_busy(monkeypatch):
 
 
 def test_a_wrong_kernel_fails_the_command(monkeypatch, capsys):
-    right = cases.cross_patch_attention
-    monkeypatch.setattr(cases, "cross_patch_attention", lambda *a, **k: right(*a, **k) + 1)
+    right = cases.cpsa.cross_patch_attention
+    monkeypatch.setattr(cases.cpsa, "cross_patch_attention", lambda *a, **k: right(*a, **k) + 1)
     options = ["--quick", "--stages", "3", "--batch", "1", "--direction", "fwd", "--budget", "0.05"]
     assert cli.main(["bench", "cpsa", *options]) == 1
     out = capsys.readouterr().out
-    assert "not timed: wrong result" in out
+    (line,) = [line for line in out.splitlines() if "cpsa 7x7x768" in line and "│" in line]
+    assert line.replace("│", " ").split()[-1] == "wrong"
+    assert "no ratio (wrong result: output is off by" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         pytest.param(["ipsb"], "no operator 'ipsb'; there are ipsa, cpsa", id="operator"),
+        pytest.param(
+            ["cpsa", "--stages", "4"], "cpsa has the stages 0 to 3, got --stages 4", id="stage"
+        ),
+        pytest.param(["convpos", "--stages", "-1"], "got --stages -1", id="stage-below"),
         pytest.param(["--models", "cat_huge"], "no model 'cat_huge'; there are", id="model"),
         pytest.param(["--batch", "0"], "--batch must be above 0, got 0", id="batch"),
         pytest.param(["--threads", "-1"], "--threads must be above 0, got -1", id="threads"),

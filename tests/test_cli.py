@@ -17,8 +17,10 @@ from xattn_ops.demo import measure, photo, pictures
 from xattn_ops.demo.attention import cross_patch_weights, inner_patch_weights
 from xattn_ops.demo.command import load_model
 from xattn_ops.models import create_model
+from xattn_ops.models.coat import cls_attention
 
 PNGS = {"feature_maps", "ipsa_attention", "cpsa_attention", "latency"}
+COAT_PNGS = {"feature_maps", "cls_attention", "latency"}
 FAST = ["--batch", "1", "--seconds", "0.01"]
 
 
@@ -33,6 +35,8 @@ def test_info_names_versions_backends_and_what_is_missing(capsys):
     assert "reference: yes" in out
     assert "inner_patch_attention on cpu, float32: " in out
     assert "cross_patch_attention on cpu, float32: " in out
+    assert "conv_relative_attention on cpu, float32: " in out
+    assert "conv_position_encoding on cpu, float32: " in out
     assert ("CUDA: none" in out) or ("CUDA " in out)
 
 
@@ -94,13 +98,51 @@ def test_demo_prints_its_tables_and_writes_its_pictures(tmp_path, capsys):
     assert "grace_hopper.jpg" in out
     assert out.count("yes") >= 8  # two operators at four stages agree
     assert "71.05" in out  # MMACs of IPSA at stage 1 of CAT-T, by formula and by count
-    assert {path.stem for path in tmp_path.iterdir()} == PNGS
-    for path in tmp_path.iterdir():
+    assert_pictures(tmp_path, PNGS)
+
+
+def assert_pictures(folder, names):
+    """These and no others, each of some size and with something on it."""
+    assert {path.stem for path in folder.iterdir()} == names
+    for path in folder.iterdir():
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"), dtype=float)
         assert min(pixels.shape[:2]) > 300, path
         assert pixels.std() > 20, path
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100, path
+
+
+@pytest.mark.parametrize(
+    ("model", "macs"),
+    [
+        pytest.param("coat_lite_tiny", "60.63", id="serial"),
+        pytest.param("coat_tiny", "322.33", id="parallel"),
+    ],
+)
+def test_demo_shows_what_the_cls_token_of_coat_looks_at(model, macs, tmp_path, capsys):
+    assert cli.main(["demo", "--model", model, "--out", str(tmp_path), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert f"{model} with RANDOM weights" in out
+    assert out.count("yes") >= 8  # two operators at four stages agree
+    assert macs in out  # MMACs of the attention at stage 1, by formula and by count
+    assert_pictures(tmp_path, COAT_PNGS)
+
+
+def test_demo_draws_the_block_that_is_asked_for(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "cls_attention_maps", lambda _, maps, *rest: drawn.append(maps))
+    demo = ["demo", "--model", "coat_tiny", "--size", "64", "--out", str(tmp_path), *FAST]
+    assert cli.main([*demo, "--block", "3"]) == 0
+    assert cli.main(demo) == 0
+    third, last = drawn
+    assert [name for name, _ in third] == [f"stage {s}, block 3" for s in (2, 3, 4)]  # 1 has two
+    assert [name for name, _ in last] == ["stage 1, block 1"] + [
+        f"stage {s}, block 7" for s in (2, 3, 4)
+    ]
+    image = photo.load(None, 64).tensor
+    model = load_model("coat_tiny", None)
+    torch.testing.assert_close(third[1][1], cls_attention(model, image, stage=3, block=3)[0])
+    torch.testing.assert_close(last[0][1], cls_attention(model, image, stage=1, block=1)[0])
 
 
 def test_demo_takes_a_photo_of_any_size_and_official_weights(tmp_path, capsys):
@@ -140,6 +182,12 @@ def test_demo_fails_where_an_operator_disagrees(tmp_path, monkeypatch, capsys):
         pytest.param(["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth", id="weights"),
         pytest.param(["--size", "8"], "--size must be at least 32 pixels, got 8", id="size"),
         pytest.param(["--batch", "0"], "--batch must be at least 1, got 0", id="batch"),
+        pytest.param(["--block", "0"], "cat_tiny has no CLS token", id="no-cls-token"),
+        pytest.param(
+            ["--model", "coat_lite_tiny", "--block", "2"],
+            "--block must be -2 to 1, got 2",
+            id="no-such-block",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, message, tmp_path, capsys):
@@ -229,6 +277,33 @@ def test_capture_finds_the_first_of_each_operator_in_every_stage():
     assert len(features) == 4
     assert captured[0].module is model.layers[0].pre_ipsa_blocks[0].attn
     assert not captured[0].module._forward_pre_hooks
+
+
+def test_capture_finds_coats_operators_on_their_grids():
+    model = load_model("coat_tiny", None)
+    captured, _ = measure.capture(model, torch.zeros(1, 3, 64, 96))
+    found = [(one.operator, one.stage, one.shape) for one in captured]
+    shapes = ["16x24x152", "8x12x152", "4x6x152", "2x3x152"]
+    expected = [(o, i, s) for o in ("convrel", "convpos") for i, s in enumerate(shapes, start=1)]
+    assert found == expected
+    assert captured[0].module is model.serial_blocks1[0].factoratt_crpe
+    assert captured[0].x.shape == (1, 1 + 16 * 24, 152)
+    assert not captured[0].module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["cat_tiny", "coat_lite_tiny"])
+def test_the_papers_macs_are_those_counted(name):
+    captured, _ = measure.capture(load_model(name, None), torch.zeros(1, 3, 64, 64))
+    measured = [measure.measure(one, 1, 0.0) for one in captured]
+    formulas = [(one.captured.operator, one.formula_macs) for one in measured]
+    counted = [(one.captured.operator, one.counted_macs) for one in measured]
+    assert formulas == counted
+
+
+def test_the_map_of_cls_is_drawn_whatever_its_range(tmp_path):
+    maps = [("even", torch.zeros(4, 3, 3)), ("negative", -torch.rand(4, 2, 3))]
+    pictures.cls_attention_maps(photo.load(None, 64), maps, tmp_path / "cls.png", "Title")
+    assert_pictures(tmp_path, {"cls"})
 
 
 def test_principal_colours_are_in_range_whatever_the_map():

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import cpsa, ipsa
+from support import convrel, cpsa, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
@@ -12,6 +12,7 @@ from support.operators import (
     WITH_DROPOUT,
     assert_same,
     backends,
+    droppers,
     operators,
 )
 
@@ -52,7 +53,7 @@ def test_compile_without_gradients(op: str, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@operators
+@droppers
 @backends
 def test_compile_with_dropout(op: str, backend: str) -> None:
     """The seed is a tensor in the graph: every call drops anew, and manual_seed reproduces it."""
@@ -70,21 +71,27 @@ def test_compile_with_dropout(op: str, backend: str) -> None:
     assert all(t.grad is not None for t in tensors.values())
 
 
+OF_SIZE = {  # a case of any batch, rows and columns
+    "ipsa": lambda B, H, W: ipsa.ipsa(B, H, W, 2, 4, (2, 3)),
+    "cpsa": lambda B, H, W: cpsa.cpsa(B, H, W, 8, (2, 3)),
+    "convrel": lambda B, H, W: convrel.convrel(B, (H, W), 2, 4, (3, 3), (5, 5)),
+    "convpos": lambda B, H, W: convrel.convpos(B, (H, W), 8),
+}
+
+
 @native
 @pytest.mark.usefixtures("fresh_compiler")
 @operators
 def test_compile_dynamic_shapes(op: str) -> None:
     """One graph for any batch and any map."""
-    compiled = torch.compile(OPERATORS[op].function, fullgraph=True, backend="aot_eager")
-    for sizes, stance in [((3, 9, 7), "default"), ((5, 4, 12), "fail_on_recompile")]:
-        make = {"ipsa": ipsa.ipsa(*sizes, 2, 4, (2, 3)), "cpsa": cpsa.cpsa(*sizes, 8, (2, 3))}
-        case = make[op]
+    function = OPERATORS[op].function
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes, stance in [((7, 9, 11), "default"), ((5, 4, 12), "fail_on_recompile")]:
+        case = OF_SIZE[op](*sizes)
         tensors = {
             name: t.detach().contiguous().requires_grad_()
             for name, t in case.tensors(torch.float32).items()
         }
-        for axis in range(3):
-            torch._dynamo.mark_dynamic(next(iter(tensors.values())), axis)
         grad_out = case.grad_out(torch.float32)
         with torch.compiler.set_stance(stance):
             got = run(compiled, tensors, grad_out, backend="cpu", **case.options)

@@ -3,8 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from xattn_ops import CrossPatchAttention, InnerPatchAttention, flops
+from xattn_ops import (
+    ConvRelativeAttention,
+    CrossPatchAttention,
+    InnerPatchAttention,
+    conv_relative_attention,
+    flops,
+)
 from xattn_ops.models import create_model
 
 
@@ -54,6 +61,50 @@ def test_formula_equals_count_for_cpsa(height, width, patch, heads, backend):
     assert counted == 2 * flops.cpsa(height, width, 5, patch)
 
 
+class Square(nn.Module):
+    """A module of tokens on a square image behind `prefix` tokens, as a module of one argument."""
+
+    def __init__(self, module, prefix):
+        super().__init__()
+        self.module, self.prefix = module, prefix
+
+    def forward(self, x):
+        side = int((x.shape[1] - self.prefix) ** 0.5)
+        return self.module(x, (side, side))
+
+
+@pytest.mark.parametrize(
+    ("side", "dim", "heads", "windows", "prefix"),
+    [
+        pytest.param(14, 64, 8, {3: 2, 5: 3, 7: 3}, 1, id="coat"),
+        pytest.param(3, 38, 2, {9: 1, 1: 1}, 0, id="no-prefix"),
+        pytest.param(5, 21, 3, {}, 4, id="no-relative-term"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_formula_equals_count_for_conv_relative(side, dim, heads, windows, prefix, backend):
+    module = ConvRelativeAttention(
+        dim, heads, windows=windows, num_prefix_tokens=prefix, backend=backend
+    )
+    counted = flops.count(Square(module, prefix), (2, prefix + side * side, dim))[""]
+    assert counted == 2 * flops.conv_relative(side, side, dim, heads, windows, prefix)
+
+
+def test_conv_relative_by_hand():
+    """CoaT-Lite's first stage: 3,137 tokens of 64 channels in 8 heads of 8."""
+    projections, products = 4 * 3137 * 64 * 64, 2 * 3137 * 64 * 8
+    convolutions = 3136 * 8 * (2 * 9 + 3 * 25 + 3 * 49)
+    assert flops.conv_relative(56, 56, 64) == projections + products + convolutions
+
+
+def test_conv_relative_on_an_image_that_is_not_square():
+    qkv, weight = torch.zeros(1, 1 + 4 * 9, 3 * 8), torch.zeros(8, 1, 5, 5)
+    with FlopCounterMode(display=False) as counter:
+        conv_relative_attention(qkv, [weight], num_heads=2, grid=(4, 9))
+    projections = 4 * 37 * 8 * 8
+    assert counter.get_total_flops() // 2 == flops.conv_relative(4, 9, 8, 2, {5: 2}) - projections
+
+
 @pytest.mark.parametrize(
     ("name", "gmacs"),
     [
@@ -101,6 +152,19 @@ def test_count_restores_the_mode_when_the_model_fails():
         pytest.param(lambda: flops.ipsa(7, 7.0, 8), "width must be .* got 7.0", id="float"),
         pytest.param(lambda: flops.ipsa(7, 7, 8, (7, 0)), "window columns", id="window"),
         pytest.param(lambda: flops.cpsa(7, 7, 8, -1), "patch rows must .* got -1", id="patch"),
+        pytest.param(
+            lambda: flops.conv_relative(7, 7, 20), "divide channels, 20, got 8", id="heads"
+        ),
+        pytest.param(
+            lambda: flops.conv_relative(7, 7, 8, 4, {3: 2, 5: 1}),
+            "share out 4 heads, got {3: 2, 5: 1}",
+            id="windows",
+        ),
+        pytest.param(
+            lambda: flops.conv_relative(7, 7, 8, num_prefix_tokens=-1),
+            "num_prefix_tokens must not be negative, got -1",
+            id="prefix",
+        ),
     ],
 )
 def test_bad_sizes_are_named(call, message):

@@ -8,18 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from goldens import INDEX, facts, golden, image, layout, official_state
+from support.cases import BACKENDS, native
+from support.models import backends, gradients, kinds, loss_of, on_meta, outputs
 from torch import Tensor, nn
 
-from xattn_ops import _library
 from xattn_ops.models import create_model, list_models, load_official
 from xattn_ops.models.cat import CAT, Stage
 from xattn_ops.models.layers import DropPath, interleave, pad_to_multiple
 
-BACKENDS = ["reference"] + (["cpu"] if _library.NATIVE else [])
 NAMES = ["cat_tiny", "cat_small", "cat_base"]
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
-kinds = pytest.mark.parametrize("features_only", [False, True], ids=["classifier", "features"])
 
 
 def small(**options) -> CAT:
@@ -38,21 +35,6 @@ def official(features_only: bool, dtype: torch.dtype, backend: str | None) -> nn
 
 def name(features_only: bool) -> str:
     return "cat_tiny_features" if features_only else "cat_tiny"
-
-
-def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    y = model(x)
-    return [y] if torch.is_tensor(y) else y
-
-
-def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    return sum(y.square().mean() for y in outputs(model, x))
-
-
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss_of(model, x).backward()
-    return {key: p.grad for key, p in model.named_parameters()}
 
 
 # ---- The official numbers -----------------------------------------------------------------------
@@ -77,8 +59,7 @@ def test_goldens(features_only, dtype, tolerance, backend):
 
 @pytest.mark.parametrize("model_name", NAMES)
 def test_parameter_counts(model_name):
-    with torch.device("meta"):
-        model = create_model(model_name)
+    model = on_meta(model_name)
     assert sum(p.numel() for p in model.parameters()) == facts(model_name)["params"]
 
 
@@ -87,8 +68,7 @@ def test_parameter_counts(model_name):
     [*((n, False) for n in NAMES), ("cat_tiny", True), ("cat_small", True)],
 )
 def test_state_has_the_official_layout(model_name, features_only):
-    with torch.device("meta"):
-        model = create_model(model_name, features_only=features_only)
+    model = on_meta(model_name, features_only=features_only)
     expected = layout(model_name + "_features" * features_only)
     expected = {key: shape for key, shape in expected.items() if not key.endswith(INDEX)}
     assert {key: list(t.shape) for key, t in model.state_dict().items()} == expected
@@ -211,8 +191,7 @@ def test_options_reach_the_layers():
 
 @pytest.mark.parametrize(("model_name", "rate"), list(zip(NAMES, (0.1, 0.2, 0.3), strict=True)))
 def test_drop_path_rates_grow_linearly(model_name, rate):
-    with torch.device("meta"):
-        model = create_model(model_name)
+    model = on_meta(model_name)
     blocks = [b for layer in model.layers for b in layer.pre_ipsa_blocks]
     rates = [b.drop_path.rate for b in blocks]
     assert rates == pytest.approx([rate * i / (len(blocks) - 1) for i in range(len(blocks))])
@@ -262,8 +241,7 @@ def test_bad_options(options, message):
 def test_names():
     assert list_models() == sorted(list_models())
     assert set(NAMES) <= set(list_models())
-    with torch.device("meta"):
-        assert isinstance(create_model("cat_tiny_224"), CAT)
+    assert isinstance(on_meta("cat_tiny_224"), CAT)
     with pytest.raises(ValueError, match=r"unknown model 'cat_tny'; did you mean cat_tiny"):
         create_model("cat_tny")
     with pytest.raises(TypeError, match="colour"):
@@ -335,7 +313,7 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 # ---- Backends and the rest of PyTorch -----------------------------------------------------------
 
 
-@pytest.mark.skipif(not _library.NATIVE, reason="no native library: one backend, none to compare")
+@native
 @kinds
 @pytest.mark.parametrize("options", [{}, {"attn_drop": 0.2, "shift": True}], ids=["plain", "all"])
 def test_backends_agree(features_only, options):

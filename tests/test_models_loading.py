@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from goldens import INDEX, official_state
+from support.models import small_coat
 from torch import Tensor, nn
 
 from xattn_ops.models import create_model, load_official
@@ -127,3 +128,72 @@ def test_checkpoints_without_tensors(tiny, checkpoint):
 def test_foreign_models_are_refused(state):
     with pytest.raises(TypeError, match="Linear is not a model of this library"):
         load_official(nn.Linear(2, 2), state)
+
+
+# ---- Tensors that stand under several keys ------------------------------------------------------
+
+OWNER, ALIAS = "cpe2.proj.weight", "serial_blocks2.0.cpe.proj.weight"
+
+
+@pytest.fixture
+def coat_state() -> dict[str, Tensor]:
+    return small_coat().state_dict()
+
+
+@pytest.mark.parametrize("gone", [OWNER, ALIAS])
+def test_a_shared_tensor_may_stand_under_any_of_its_keys(coat_state, gone):
+    """Formats that store each tensor once keep one of its keys."""
+    model = small_coat()
+    del coat_state[gone]
+    assert load_official(model, coat_state) == ([], [])
+    assert torch.equal(model.cpe2.proj.weight, coat_state[ALIAS if gone == OWNER else OWNER])
+    assert model.serial_blocks2[0].cpe is model.cpe2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            lambda s: s.update({ALIAS: s[ALIAS] + 1}),
+            f"different values of one tensor: {OWNER} = {ALIAS}$",
+            id="different",
+        ),
+        pytest.param(
+            lambda s: (s.pop(OWNER), s.pop(ALIAS)), f"missing: {OWNER}, {ALIAS}$", id="both-missing"
+        ),
+        pytest.param(
+            lambda s: s.update({ALIAS: torch.ones(16, 1, 5, 5)}),
+            rf"misshaped: {ALIAS} \(checkpoint \[16, 1, 5, 5\], model \[16, 1, 3, 3\]\)$",
+            id="misshaped",
+        ),
+        pytest.param(lambda s: s.pop("aggregate.bias"), "missing: aggregate.bias$", id="missing"),
+        pytest.param(
+            lambda s: s.update(extra=torch.ones(1)), "unexpected: extra$", id="unexpected"
+        ),
+    ],
+)
+def test_misfits_of_shared_tensors_are_named_and_change_nothing(coat_state, change, message):
+    model, changed = small_coat(), dict(coat_state)
+    before = copy.deepcopy(model.state_dict())
+    change(changed)
+    with pytest.raises(ValueError, match=message):
+        load_official(model, changed)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("depth", [0, 2], ids=["lite", "coat"])
+def test_coat_classifier_in_a_backbone(depth):
+    classifier, backbone = small_coat(depth), small_coat(depth, features_only=True)
+    report = load_official(backbone, classifier.state_dict())
+    assert report.kept == []
+    assert {key.split(".")[0] for key in report.ignored} == {
+        "norm1", "norm2", "norm3", "norm4", "head", *(["aggregate"] if depth else [])
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"missing: .*head\.bias"):
+        load_official(classifier, backbone.state_dict())
+
+
+def test_a_checkpoint_with_encodings_does_not_fit_a_model_without(coat_state):
+    with pytest.raises(ValueError, match=r"unexpected: cpe1\.proj\.bias"):
+        load_official(small_coat(conv_position=False), coat_state)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import cpsa, ipsa
+from support import convrel, cpsa, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
@@ -23,55 +23,98 @@ from support.operators import (
     positional,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 # --------------------------------------------------------------------------------------- leaf ops
 
 
-def leaf_arguments(op: str, dropout: bool) -> tuple[list[Tensor], list[Any]]:
-    """Tensors and sizes of the leaf op, as the interface would pass them."""
-    case = OPERATORS[op]
-    tensors = list(case.tensors(torch.float32, requires_grad=False).values())
-    p, seed = (0.4, torch.tensor(9)) if dropout else (0.0, None)
-    sizes = {"ipsa": [2, 2, 3, 1, 2, 0.5, p], "cpsa": [2, 3, 1, 0.1, p]}[op]
-    return tensors, [seed, *sizes]
+SIZES: dict[str, list[Any]] = {  # what follows the tensors of a leaf op
+    "ipsa": [None, 2, 2, 3, 1, 2, 0.5, 0.0],
+    "ipsa_dropout": [torch.tensor(9), 2, 2, 3, 1, 2, 0.5, 0.4],
+    "cpsa": [None, 2, 3, 1, 0.1, 0.0],
+    "cpsa_dropout": [torch.tensor(9), 2, 3, 1, 0.1, 0.4],
+    "convrel": [[3, 5], [3, 5], 2, 5, 8, 1, 0.5],
+    "convpos": [5, 8, 1],
+}
+
+
+def leaf_arguments(kind: str) -> tuple[str, list[Tensor], list[Any]]:
+    """The leaf op's name, its tensors and its sizes, as the interface would pass them."""
+    op = kind.split("_")[0]
+    tensors = list(OPERATORS[op].tensors(torch.float32, requires_grad=False).values())
+    if op == "convrel":  # qkv, two weights, two biases -> qkv, weight, bias
+        tensors = [
+            tensors[0],
+            *(torch.cat([t.flatten() for t in tensors[i : i + 2]]) for i in (1, 3)),
+        ]
+    return op, tensors, SIZES[kind]
+
+
+def backward_arguments(op: str, tensors: list[Any], sizes: list[Any]) -> list[Any]:
+    """grad_out, the forward's tensors, what the forward made for the backward, and the sizes."""
+    made = getattr(torch.ops.xattn_ops, f"{op}_fwd")(*tensors, *sizes)
+    kept = made[1:] if isinstance(made, tuple) else ()
+    return [OPERATORS[op].grad_out(torch.float32), *tensors, *kept, *sizes]
 
 
 @native
-@operators
-@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
-def test_opcheck(op: str, dropout: bool) -> None:
-    tensors, rest = leaf_arguments(op, dropout)
+@pytest.mark.parametrize("kind", list(SIZES))
+def test_opcheck(kind: str) -> None:
+    op, tensors, sizes = leaf_arguments(kind)
     forward, backward = (getattr(torch.ops.xattn_ops, f"{op}_{way}") for way in ("fwd", "bwd"))
-    torch.library.opcheck(forward.default, (*tensors, *rest))
-    grad_out = OPERATORS[op].grad_out(torch.float32)
-    torch.library.opcheck(backward.default, (grad_out, *tensors, *rest))
+    torch.library.opcheck(forward.default, (*tensors, *sizes))
+    torch.library.opcheck(backward.default, backward_arguments(op, tensors, sizes))
 
 
 @native
 @pytest.mark.parametrize(
     ("op", "absent"),
-    [("ipsa", (1,)), ("ipsa", (2,)), ("ipsa", (1, 2)), ("cpsa", (2,)), ("cpsa", (2, 4))],
+    [
+        ("ipsa", (1,)),
+        ("ipsa", (2,)),
+        ("ipsa", (1, 2)),
+        ("cpsa", (2,)),
+        ("cpsa", (2, 4)),
+        ("convrel", (2,)),
+        ("convpos", (2,)),
+    ],
 )
 def test_opcheck_without_optional_tensors(op: str, absent: tuple[int, ...]) -> None:
-    tensors, rest = leaf_arguments(op, dropout=False)
+    _, tensors, sizes = leaf_arguments(op)
     given = [None if i in absent else t for i, t in enumerate(tensors)]
     backward = getattr(torch.ops.xattn_ops, f"{op}_bwd").default
-    grad_out = OPERATORS[op].grad_out(torch.float32)
-    torch.library.opcheck(backward, (grad_out, *given, *rest))
-    grads = backward(grad_out, *given, *rest)
+    arguments = backward_arguments(op, given, sizes)
+    torch.library.opcheck(backward, arguments)
+    grads = backward(*arguments)
     assert [i for i, grad in enumerate(grads) if grad.numel() == 0] == list(absent)
 
 
 @native
+def test_opcheck_without_a_relative_term() -> None:
+    qkv, none = OPERATORS["convrel"].tensors(torch.float32)["qkv"].detach(), torch.zeros(0)
+    sizes = [[], [], *SIZES["convrel"][2:]]
+    torch.library.opcheck(torch.ops.xattn_ops.convrel_fwd.default, (qkv, none, None, *sizes))
+    arguments = backward_arguments("convrel", [qkv, none, None], sizes)
+    torch.library.opcheck(torch.ops.xattn_ops.convrel_bwd.default, arguments)
+
+
+@native
 @operators
-def test_leaf_op_casts_under_autocast(op: str) -> None:
-    tensors, rest = leaf_arguments(op, dropout=False)
-    forward = getattr(torch.ops.xattn_ops, f"{op}_fwd")
+def test_leaf_ops_cast_under_autocast(op: str) -> None:
+    """All but what the forward made for the backward, which is in float32 anyway."""
+    _, tensors, sizes = leaf_arguments(op)
+    cast = [t.bfloat16() for t in tensors]
+    forward, backward = (getattr(torch.ops.xattn_ops, f"{op}_{way}") for way in ("fwd", "bwd"))
+    grad_out, *rest = backward_arguments(op, cast, sizes)
+    wide = [grad_out, *tensors, *rest[len(tensors) :]]
     with torch.autocast("cpu", torch.bfloat16):
-        got = forward(*tensors, *rest)
-    assert torch.equal(got, forward(*(t.bfloat16() for t in tensors), *rest))
+        got = [forward(*tensors, *sizes), backward(*wide)]
+    want = [forward(*cast, *sizes), backward(grad_out.bfloat16(), *rest)]
+    for one, other in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 # --------------------------------------------------------------------------------------- autograd
@@ -92,9 +135,14 @@ def test_second_derivative_raises(op: str) -> None:
 def test_second_derivative_of_the_reference(op: str) -> None:
     function, _ = positional(OPERATORS[op], backend="reference")
     tensors = list(OPERATORS[op].tensors(torch.float32).values())
-    (grad,) = torch.autograd.grad(function(*tensors).sum(), tensors[0], create_graph=True)
+    loss = function(*tensors).square().sum()
+    (grad,) = torch.autograd.grad(loss, tensors[0], create_graph=True)
     grad.square().sum().backward()
     assert tensors[0].grad.abs().max() > 0
+
+
+# conv_relative_attention keeps its weights and biases in a row, and D x (D + 2) for each head
+KEPT = {"convrel": [3 * 9 + 5 * 25, 8, 2 * 2 * 4 * 6]}
 
 
 @native
@@ -105,12 +153,14 @@ def test_only_inputs_are_saved(op: str) -> None:
     tensors = case.tensors(torch.float32)
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.data_ptr())
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         case.function(**tensors, **case.options, backend="cpu")
-    assert set(saved) == {t.data_ptr() for t in tensors.values()}
+    inputs = {t.data_ptr() for t in tensors.values()}
+    assert [t.numel() for t in saved if t.data_ptr() not in inputs] == KEPT.get(op, [])
+    assert next(iter(tensors.values())).data_ptr() in {t.data_ptr() for t in saved}
 
 
 @operators
@@ -127,8 +177,9 @@ def test_inputs_are_left_alone(op: str, backend: str) -> None:
 
 @operators
 @backends
-def test_checkpoint_recomputes_the_same_dropout(op: str, backend: str) -> None:
-    case = WITH_DROPOUT[op]
+def test_checkpoint_recomputes_the_same(op: str, backend: str) -> None:
+    """The same dropout too, where there is some."""
+    case = WITH_DROPOUT.get(op, OPERATORS[op])
     function, _ = positional(case, backend=backend)
     tensors, grad_out = list(case.tensors(torch.float64).values()), case.grad_out(torch.float64)
     torch.manual_seed(2)
@@ -157,6 +208,17 @@ def test_checkpoint_recomputes_the_same_dropout(op: str, backend: str) -> None:
             2 * 54 * (11 * 36 + 6 * 54),
             id="cpsa",
         ),
+        # 2 images; 41 tokens x 8 channels x 4 a head, 2 products, then 4; 40 pixels of 3 channels
+        # under 9 weights and 5 under 25, once, then 3 times
+        pytest.param(
+            convrel.SMALL,
+            2 * 2 * (2 * 41 * 32 + 40 * 152),
+            2 * 2 * (4 * 41 * 32 + 3 * 40 * 152),
+            id="convrel",
+        ),
+        pytest.param(
+            convrel.SMALL_POSITION, 2 * 2 * 40 * 8 * 9, 2 * 2 * 2 * 40 * 8 * 9, id="convpos"
+        ),
     ],
 )
 def test_flops(case: Case, forward: int, backward: int) -> None:
@@ -176,6 +238,9 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
     [
         pytest.param(ipsa.ipsa(2, 8, 9, 2, 4, (4, 3)), id="ipsa"),
         pytest.param(cpsa.cpsa(2, 8, 9, 3, (4, 3)), id="cpsa"),
+        pytest.param(convrel.SMALL, id="convrel"),
+        pytest.param(convrel.convrel(2, (4, 3), 2, 4), id="convrel_without_relative_term"),
+        pytest.param(convrel.SMALL_POSITION, id="convpos"),
     ],
 )
 def test_flops_are_those_of_the_reference(case: Case) -> None:
@@ -216,6 +281,8 @@ def distributed(rank: int, store: str) -> None:
         got = {"out": out.full_tensor(), **{n: t.grad.full_tensor() for n, t in leaves.items()}}
         assert_same(got, run(case.function, tensors, grad_out, backend="cpu", **case.options))
 
+        if op not in WITH_DROPOUT:
+            continue
         torch.manual_seed(4)
         whole = case.function(**tensors, **case.options, dropout_p=0.5, backend="cpu")
         torch.manual_seed(4)

@@ -12,6 +12,7 @@ from support.operators import (
     WITH_DROPOUT,
     assert_same,
     backends,
+    droppers,
     operators,
     positional,
 )
@@ -50,6 +51,12 @@ MAPPED = [
     pytest.param("cpsa", ["x"], id="cpsa_activation"),
     pytest.param("cpsa", ["proj_weight", "qkv_bias"], id="cpsa_weights"),
     pytest.param("cpsa", ["x", "qkv_weight"], id="cpsa_both"),
+    pytest.param("convrel", ["qkv"], id="convrel_activation"),
+    pytest.param("convrel", ["weight_1"], id="convrel_weight"),
+    pytest.param("convrel", ["qkv", "weight_0", "bias_1"], id="convrel_both"),
+    pytest.param("convpos", ["x"], id="convpos_activation"),
+    pytest.param("convpos", ["weight", "bias"], id="convpos_weights"),
+    pytest.param("convpos", ["x", "bias"], id="convpos_both"),
 ]
 
 
@@ -99,7 +106,7 @@ def test_vmap_folds_activations_into_one_call(op: str) -> None:
     assert calls[f"xattn_ops::{op}_fwd"] == 2  # the mapped call and the folded one
 
 
-@operators
+@droppers
 @backends
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmap_dropout(op: str, backend: str, randomness: str) -> None:
@@ -147,6 +154,21 @@ def test_autocast(op: str, backend: str, dtype: torch.dtype) -> None:
 
 
 @operators
+@backends
+def test_autocast_around_the_backward(op: str, backend: str) -> None:
+    """A loss differentiated inside the region: the gradients are those of outside."""
+    case = OPERATORS[op]
+    tensors = case.tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.function(**tensors, **case.options, backend=backend)
+        grad_out = case.grad_out(out.dtype)
+        inside = torch.autograd.grad(out, list(tensors.values()), grad_out, retain_graph=True)
+    outside = torch.autograd.grad(out, list(tensors.values()), grad_out)
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one, other)
+
+
+@operators
 def test_autocast_takes_mixed_dtypes(op: str) -> None:
     """As after a linear layer, which has cast the activation and not the weights."""
     case = OPERATORS[op]
@@ -171,6 +193,18 @@ def test_autocast_is_off() -> None:
     assert autocast(*tensors) == tensors
     with torch.autocast("cpu", enabled=False):
         assert autocast(*tensors) == tensors
+
+
+def test_autocast_reaches_into_lists() -> None:
+    values = (torch.zeros(2), [torch.zeros(2), None, 3], (torch.zeros(2, dtype=torch.int64),))
+    with torch.autocast("cpu", torch.bfloat16):
+        one, several, whole = autocast(*values)
+    assert [one.dtype, several[0].dtype, whole[0].dtype] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.int64,
+    ]
+    assert several[1:] == [None, 3]
 
 
 @operators

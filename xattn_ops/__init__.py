@@ -2,14 +2,24 @@
 
 from ._backend import available_backends, explain
 from ._version import __version__
+from .convrel import (
+    ConvPositionEncoding,
+    ConvRelativeAttention,
+    conv_position_encoding,
+    conv_relative_attention,
+)
 from .cpsa import CrossPatchAttention, cross_patch_attention
 from .ipsa import InnerPatchAttention, inner_patch_attention
 
 __all__ = [
+    "ConvPositionEncoding",
+    "ConvRelativeAttention",
     "CrossPatchAttention",
     "InnerPatchAttention",
     "__version__",
     "available_backends",
+    "conv_position_encoding",
+    "conv_relative_attention",
     "cross_patch_attention",
     "explain",
     "inner_patch_attention",

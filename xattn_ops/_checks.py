@@ -29,12 +29,8 @@ def once(plan: Callable[..., Any], tensors: Sequence[Any], options: tuple[Any, .
     """
     if torch.compiler.is_compiling():  # once per trace anyway, and sizes may be symbols
         return plan(*tensors, *options)
-    kinds = [
-        (type(t), t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t)
-        for t in tensors
-    ]
     # By their spelling, for 7, 7.0 and True would be equal keys, and a list would be none.
-    key = (plan, os.environ.get("XATTN_BACKEND"), repr(options), *kinds)
+    key = (plan, os.environ.get("XATTN_BACKEND"), repr(options), *map(_kind, tensors))
     found = _plans.get(key)
     if found is None:
         found = plan(*tensors, *options)
@@ -43,6 +39,15 @@ def once(plan: Callable[..., Any], tensors: Sequence[Any], options: tuple[Any, .
         if found[0] != "reference":  # a fallback may have to warn
             _plans[key] = found
     return found
+
+
+def _kind(value: Any) -> Any:
+    """All that a plan may read of a tensor, or of a list of tensors."""
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype, value.device, value.layout
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_kind, value)
+    return type(value)
 
 
 def tensor(
@@ -85,12 +90,59 @@ def tensor(
         )
 
 
+def sequence(name: str, value: Any, layout: str) -> None:
+    """A list or a tuple, of tensors of this layout."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list of tensors {layout}, got {type(value).__name__}")
+
+
+def depthwise(
+    name: str,
+    value: Any,
+    layout: str,
+    *,
+    like: tuple[str, Tensor],
+    channels: int | None = None,
+) -> None:
+    """The weight of a depthwise convolution: one square kernel of odd size for each channel.
+
+    channels: how many, where that is known.
+    """
+    tensor(name, value, layout, like=like)
+    count, one, rows, columns = value.shape
+    if one != 1 or rows != columns or rows % 2 != 1 or count < 1:
+        raise ValueError(f"{name} must be {layout} with odd k, got shape {list(value.shape)}")
+    if channels is not None and count != channels:
+        raise ValueError(
+            f"{name} must be {layout} with C = {channels}, got shape {list(value.shape)}"
+        )
+
+
+def token_grid(name: str, value: Tensor, grid: Any, num_prefix_tokens: Any) -> tuple[int, int]:
+    """Rows and columns of an activation [B, num_prefix_tokens + rows * columns, channels]."""
+    rows, columns = pair("grid", grid, 1)
+    prefix = integer("num_prefix_tokens", num_prefix_tokens, 0)
+    if value.shape[1] != prefix + rows * columns:
+        raise ValueError(
+            f"{name} must have num_prefix_tokens + rows * columns tokens, "
+            f"{prefix} + {rows} * {columns} = {prefix + rows * columns}, got {value.shape[1]}"
+        )
+    return rows, columns
+
+
 def integer(name: str, value: Any, low: int) -> Any:
     """An int of at least `low`; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value
+
+
+def odd(name: str, value: Any) -> int:
+    """An odd int of at least 1."""
+    if integer(name, value, 1) % 2 != 1:
+        raise ValueError(f"{name} must be odd, got {value}")
     return value
 
 

@@ -6,6 +6,8 @@ All leaf ops follow one convention, from which the rules below are derived:
 - an argument is batched (its first axis is the batch) or a weight, shared by the whole batch;
 - a return is batched, or the gradient of a weight, summed over the batch, empty where the weight
   was None;
+- a batched return may be there for the backward op alone, in a type wide enough for sums, whatever
+  the dtype of the rest: autocast leaves such an argument as it is;
 - `seed`, where given, numbers the attention matrices through the whole batch for dropout.
 """
 
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import register_flop_formula
 
 from ._library import NATIVE, REASON
@@ -41,19 +44,21 @@ def register(
     returns_batched: Sequence[bool] = (True,),
     fake: Callable[..., Any],
     flops: Callable[..., int],
+    wide: Sequence[str] = (),
 ) -> None:
     """Give the op `name` its fake kernel and its vmap, autocast, FLOP and sharding rules.
 
     batched: the names of its batched arguments. returns_batched: the same of its returns, in
     order. fake: its arguments -> empty outputs. flops: its arguments, shapes in place of tensors
-    -> floating-point operations, 2 to a multiply-add. Does nothing where the op does not exist.
+    -> floating-point operations, 2 to a multiply-add. wide: the names of the arguments that the
+    forward op made for this one. Does nothing where the op does not exist.
     """
     if missing(name):
         return
     packet = getattr(torch.ops.xattn_ops, name)
     torch.library.register_fake(f"xattn_ops::{name}", fake, lib=_LIBRARY)
     _register_vmap(packet.default, batched, returns_batched)
-    _register_autocast(packet.default, name)
+    _register_autocast(packet.default, name, wide)
     register_flop_formula(packet)(lambda *args, out_shape=None, **_: flops(*args))
     if torch.distributed.is_available():
         _register_sharding(packet.default, batched, returns_batched)
@@ -144,12 +149,14 @@ def _register_vmap(
     """
     places = positions(op, batched)
 
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        mapped = [place for place, dim in enumerate(in_dims) if dim is not None]
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        # a list of sizes has a list of dims, None each
+        mapped = [place for place, dim in enumerate(in_dims) if isinstance(dim, int)]
         if all(returns_batched) and not drops(op, args) and set(mapped) <= set(places):
             return _folded(op, info.batch_size, places, in_dims, args), _like(op, 0)
+        pairs = list(zip(args, in_dims, strict=True))
         calls = [
-            op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            op(*(a.select(d, i) if p in mapped else a for p, (a, d) in enumerate(pairs)))
             for i in range(info.batch_size)
         ]
         if isinstance(calls[0], Tensor):
@@ -163,7 +170,7 @@ def _folded(
     op: torch._ops.OpOverload,
     size: int,
     places: Sequence[int],
-    in_dims: Sequence[int | None],
+    in_dims: Sequence[Any],
     args: Sequence[Any],
 ) -> Any:
     """One call on [size * B, ...] in place of `size` calls on [B, ...]."""
@@ -190,29 +197,34 @@ def _like(op: torch._ops.OpOverload, dim: int) -> Any:
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, all floating tensors in its dtype, as for linear layers and SDPA.
 
-    A float64 among them keeps them all as they are, as autocast does. The public functions cast
-    before anything else, so that gradients return in the dtypes that came.
+    Also those in lists. A float64 among them keeps them all as they are, as autocast does. The
+    public functions cast before anything else, so that gradients return in the dtypes that came.
     """
     if not torch._C._is_any_autocast_enabled():
         return tensors
-    floating = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    floating = [t for t in tree_leaves(tensors) if _is_floating(t)]
     if not floating or any(t.dtype == torch.float64 for t in floating):
         return tensors
     device = floating[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
-    )
+    return tree_map(lambda t: t.to(dtype) if _is_floating(t) else t, tensors)
 
 
-def _register_autocast(op: torch._ops.OpOverload, name: str) -> None:
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _register_autocast(op: torch._ops.OpOverload, name: str, wide: Sequence[str]) -> None:
     """The same rule for who calls the leaf op itself."""
+    kept = positions(op, wide)
     for device in ("CPU", "CUDA"):
 
         def rule(*args: Any, device: str = device.lower()) -> Any:
-            cast = autocast(*args)
+            cast = list(autocast(*args))
+            for place in kept:
+                cast[place] = args[place]
             with torch.autocast(device, enabled=False):
                 return op(*cast)
 

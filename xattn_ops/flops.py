@@ -4,17 +4,19 @@ The papers print MACs and call them FLOPs; one MAC is two floating-point operati
 the matrix products alone (no softmax, no bias, no normalisation), and so does the counter.
 
 CAT: "CAT: Cross Attention in Vision Transformer", arXiv:2106.05786.
+CoaT: "Co-Scale Conv-Attentional Image Transformers", arXiv:2104.06399.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count", "cpsa", "ipsa", "msa"]
+__all__ = ["conv_relative", "count", "cpsa", "ipsa", "msa"]
 
 
 def msa(height: int, width: int, channels: int) -> int:
@@ -78,6 +80,43 @@ def cpsa(height: int, width: int, channels: int, patch: int | tuple[int, int] = 
     padded = _round_up(height, rows) * _round_up(width, columns)
     tokens = padded // length
     return 4 * length * padded * channels + 2 * tokens**2 * length * channels
+
+
+def conv_relative(
+    height: int,
+    width: int,
+    channels: int,
+    num_heads: int = 8,
+    windows: Mapping[int, int] = MappingProxyType({3: 2, 5: 3, 7: 3}),
+    num_prefix_tokens: int = 1,
+) -> int:
+    """MACs of conv-relative attention: 4 N C^2 + 2 N C^2 / h + HW sum_g C_g M_g^2 (CoaT eq. 12).
+
+    N = HW + prefix tokens, h the number of heads. The first term is the qkv and output
+    projections; the second softmax(K)^T V and the product of Q with it, which the paper gives as
+    O(NC^2) (eq. 3); the third the depthwise convolutions with windows M_g over C_g channels each,
+    O(NCM^2) (eq. 10).
+
+    Args:
+        height, width: size of the image in tokens.
+        channels: width of a token; num_heads divides it.
+        num_heads: h.
+        windows: M_g -> how many heads have it; {} for no relative term.
+        num_prefix_tokens: tokens besides the image, such as CLS.
+
+    Returns:
+        MACs of one image. ``conv_relative(56, 56, 64)`` is 61 M.
+    """
+    _check_sizes(height=height, width=width, channels=channels, num_heads=num_heads)
+    if not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens must not be negative, got {num_prefix_tokens!r}")
+    if channels % num_heads:
+        raise ValueError(f"num_heads must divide channels, {channels}, got {num_heads}")
+    if windows and sum(windows.values()) != num_heads:
+        raise ValueError(f"windows must share out {num_heads} heads, got {dict(windows)}")
+    head_dim, tokens = channels // num_heads, height * width + num_prefix_tokens
+    taps = sum(heads * head_dim * window**2 for window, heads in windows.items())
+    return 4 * tokens * channels**2 + 2 * tokens * channels * head_dim + height * width * taps
 
 
 def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:

@@ -14,6 +14,8 @@ from xattn_ops import (
     _library,
     _linear,
     available_backends,
+    conv_position_encoding,
+    conv_relative_attention,
     cross_patch_attention,
     explain,
     inner_patch_attention,
@@ -88,9 +90,12 @@ def _samples(device: str) -> list[tuple[Callable[..., Any], tuple[Any, ...], dic
     """A smallest call of each function."""
     x, qkv = torch.zeros(1, 7, 7, 1, device=device), torch.zeros(1, 7, 7, 3, device=device)
     wide, narrow = torch.zeros(147, 49, device=device), torch.zeros(49, 49, device=device)
+    tokens, kernel = torch.zeros(1, 2, 3, device=device), torch.zeros(3, 1, 3, 3, device=device)
     return [
         (inner_patch_attention, (qkv,), {"num_heads": 1}),
         (cross_patch_attention, (x, wide, None, narrow, None), {}),
+        (conv_relative_attention, (tokens, []), {"num_heads": 1, "grid": (1, 1)}),
+        (conv_position_encoding, (tokens, kernel), {"grid": (1, 1)}),
     ]
 
 

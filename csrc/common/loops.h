@@ -1,6 +1,7 @@
 // Loops whose step is a compile-time constant: what cuts a matrix into register tiles.
 #pragma once
 
+#include "dtype.h"
 #include "simd.h"
 
 namespace xattn::XATTN_ISA {
@@ -61,5 +62,20 @@ template <class T>
 struct Type {
   using type = T;
 };
+
+// f(Type<storage type>) of a dtype.
+template <class F>
+void with_storage(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(Type<float>{});
+    case Dtype::kFloat64:
+      return f(Type<double>{});
+    case Dtype::kBFloat16:
+      return f(Type<bf16>{});
+    case Dtype::kFloat16:
+      return f(Type<f16>{});
+  }
+}
 
 }  // namespace xattn::XATTN_ISA

@@ -163,6 +163,11 @@ template <class S>
 XATTN_INLINE auto load_n(const S* p, int64_t n) {
   constexpr int lanes = Lanes<typename ComputeOf<S>::type>::n;
   if (n >= lanes) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    return (vfloat)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  }
+#endif
   S padded[lanes] = {};
   __builtin_memcpy(padded, p, n * sizeof(S));
   return load(padded);
@@ -171,6 +176,11 @@ template <class S, class V>
 XATTN_INLINE void store_n(S* p, V v, int64_t n) {
   constexpr int lanes = Lanes<typename ComputeOf<S>::type>::n;
   if (n >= lanes) return store(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+  }
+#endif
   S padded[lanes];
   store(padded, v);
   __builtin_memcpy(p, padded, n * sizeof(S));

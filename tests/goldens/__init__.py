@@ -1,7 +1,8 @@
 """Numbers of the official implementations, measured once in float64, and the inputs behind them.
 
-cat_layouts.json: key -> shape of every official state dict. cat_facts.json: parameters and GMACs.
-<model>.npz: outputs for the weights of `official_state` and the image of `image`.
+<family>_layouts.json: key -> shape of every official state dict, or the key whose tensor stands
+there too. <family>_facts.json: parameters and GMACs. <model>.npz: outputs for the weights of
+`official_state` and the image of `image`.
 """
 
 from __future__ import annotations
@@ -42,11 +43,25 @@ def _json(name: str) -> dict[str, Any]:
 
 def layout(name: str) -> dict[str, list[int]]:
     """Key -> shape of the official state dict, index buffers included."""
-    return dict(_json("cat_layouts.json")[name])
+    entries = _entries(name)
+    return {key: entries[e] if isinstance(e, str) else e for key, e in entries.items()}
+
+
+def shared(name: str) -> dict[str, str]:
+    """Key -> the first key of the same tensor, for the keys that are not their tensor's first."""
+    return {key: first for key, first in _entries(name).items() if isinstance(first, str)}
 
 
 def facts(name: str) -> dict[str, Any]:
-    return _json("cat_facts.json")[name]
+    return _json(f"{_family(name)}_facts.json")[name]
+
+
+def _family(name: str) -> str:
+    return name.split("_")[0]
+
+
+def _entries(name: str) -> dict[str, Any]:
+    return _json(f"{_family(name)}_layouts.json")[name]
 
 
 def golden(name: str) -> list[Golden]:
@@ -71,10 +86,13 @@ def image(batch: int, height: int, width: int) -> Tensor:
 
 def official_state(name: str) -> dict[str, Tensor]:
     """The official state dict with the weights of the goldens, float64, index buffers included."""
-    return {
+    also = shared(name)
+    state = {
         key: _relative_index(math.isqrt(shape[0])) if key.endswith(INDEX) else _weight(key, shape)
         for key, shape in layout(name).items()
+        if key not in also
     }
+    return state | {key: state[first] for key, first in also.items()}
 
 
 def _weight(key: str, shape: list[int]) -> Tensor:

@@ -15,6 +15,12 @@ import pytest
 
 ISAS = ["generic", "avx2", "avx512"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on busy cores, waiting threads cost more than the work
+CASES = {  # operator -> the lists that hold its cases
+    "ipsa": ("ipsa", "CASES", "DROPOUT"),
+    "cpsa": ("cpsa", "CASES", "DROPOUT"),
+    "convrel": ("convrel", "CASES"),
+    "convpos": ("convrel", "POSITION_CASES"),
+}
 SMALL_MATRIX = {
     "ipsa": [
         "padded_9x16",
@@ -35,6 +41,27 @@ SMALL_MATRIX = {
         "rectangular_5x2",
         "no_bias",
         "dropout",
+    ],
+    "convrel": [
+        "coat_lite_stage1",
+        "coat_lite_stage2",
+        "coat_tiny",
+        "head_dim_5",
+        "head_dim_70",
+        "prefix_3",
+        "window_larger_than_the_grid",
+        "windows_1_3_5_7_9",
+        "groups_inside_a_vector",
+        "no_relative_term_odd",
+        "no_bias_odd",
+    ],
+    "convpos": [
+        "coat_tiny",
+        "channels_17",
+        "prefix_3",
+        "window_7",
+        "window_larger_than_the_grid",
+        "no_bias_odd",
     ],
 }
 
@@ -62,8 +89,9 @@ def main(operator: str) -> None:
     from xattn_ops import _library
 
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN, as in conftest.py
-    module = importlib.import_module(f"support.{operator}")
-    cases = {param.id: param.values[0] for param in module.CASES + module.DROPOUT}
+    name, *lists = CASES[operator]
+    module = importlib.import_module(f"support.{name}")
+    cases = {param.id: param.values[0] for list_ in lists for param in getattr(module, list_)}
     for name in SMALL_MATRIX[operator]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             try:

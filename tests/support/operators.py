@@ -5,20 +5,50 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from support import cpsa, ipsa
+from support import convrel, cpsa, ipsa
 from support.cases import BACKENDS, Case
-from xattn_ops import CrossPatchAttention, InnerPatchAttention
+from xattn_ops import (
+    ConvPositionEncoding,
+    ConvRelativeAttention,
+    CrossPatchAttention,
+    InnerPatchAttention,
+)
 
-OPERATORS = {"ipsa": ipsa.SMALL, "cpsa": cpsa.SMALL}
-WITH_DROPOUT = {name: case.with_options(dropout_p=0.4) for name, case in OPERATORS.items()}
-MODULES = {
+OPERATORS = {
+    "ipsa": ipsa.SMALL,
+    "cpsa": cpsa.SMALL,
+    "convrel": convrel.SMALL,
+    "convpos": convrel.SMALL_POSITION,
+}
+WITH_DROPOUT = {name: OPERATORS[name].with_options(dropout_p=0.4) for name in ("ipsa", "cpsa")}
+
+
+class OnMap(nn.Module):
+    """A module of tokens as one of maps [B, H, W, C]: puts a prefix token first, drops it after."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.cat([x.mean((1, 2))[:, None], x.flatten(1, 2)], 1)
+        grid = x.shape[1], x.shape[2]
+        return self.module(tokens, grid)[:, 1:].unflatten(1, grid)
+
+
+MODULES: dict[str, Callable[..., nn.Module]] = {  # all take [B, H, W, 8]
     "ipsa": lambda **options: InnerPatchAttention(8, 2, (2, 3), (1, 2), **options),
     "cpsa": lambda **options: CrossPatchAttention((2, 3), **options),
+    "convrel": lambda **options: OnMap(
+        ConvRelativeAttention(8, 2, windows={3: 1, 5: 1}, **options)
+    ),
+    "convpos": lambda **options: OnMap(ConvPositionEncoding(8, **options)),
 }
 
 operators = pytest.mark.parametrize("op", list(OPERATORS))
+droppers = pytest.mark.parametrize("op", list(WITH_DROPOUT))
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

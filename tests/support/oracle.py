@@ -15,10 +15,17 @@ from support.cases import Case, run
 
 
 def check_against_float64(
-    case: Case, dtype: torch.dtype, backend: str, seed: int | None = None
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    seed: int | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
-    """Forward and all gradients of one case; seed: of the dropout, where the case has some."""
-    tensors, grad_out = case.tensors(dtype), case.grad_out(dtype)
+    """Forward and all gradients of one case.
+
+    seed: of the dropout, where the case has some. tensors: other inputs than the case's own.
+    """
+    tensors, grad_out = tensors or case.tensors(dtype), case.grad_out(dtype)
     wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     calls: dict[str, Any] = {
         "exact": lambda: run(case.reference, wide, grad_out.double(), **case.options),

@@ -17,9 +17,11 @@ from xattn_ops import _library
 from xattn_ops.benchmarks.timing import thread_count
 from xattn_ops.demo import measure, photo, pictures
 from xattn_ops.models import create_model, list_models, load_official
+from xattn_ops.models.coat import SCALES, CoaT, cls_attention
 
 POINT = (0.345, 0.56)  # row, column of the chosen pixel and patch as fractions: a portrait's face
 KEY = "red: more than an even share of attention, blue: less"
+CLS_KEY = "red: more than the map's mean, blue: less"
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -32,6 +34,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     picture = photo.load(args.image, args.size)
     model = load_model(args.model, args.weights)
+    if isinstance(model, CoaT):
+        cls_maps = attention_of_cls(model, picture.tensor, args.block)
+    elif args.block is None:
+        cls_maps = []
+    else:
+        raise ValueError(f"--block chooses CLS attention maps, and {args.model} has no CLS token")
     said = "official weights" if args.weights else "RANDOM weights"
     console.print(
         f"[bold]{args.model}[/] with {said} on {picture.name} "
@@ -51,7 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     assert isinstance(features, list | tuple)
     if any(one.faster == "busy" for one in measured):
         console.print("[yellow]The machine is busy with something else: no ratio where it says so.")
-    for path in draw(picture, captured, features, measured, args.out, about):
+    for path in draw(picture, captured, features, cls_maps, measured, args.out, about):
         console.print(f"wrote {path}")
     wrong = [one.captured for one in measured if not one.check.passed]
     for one in wrong:
@@ -65,7 +73,7 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     Raises:
         ValueError: no such model or checkpoint.
     """
-    known = [model for model in list_models() if model.startswith("cat_")]
+    known = [model for model in list_models() if model.startswith(("cat_", "coat_"))]
     if name not in known:
         raise ValueError(f"no model {name!r} to show; there are {', '.join(known)}")
     torch.manual_seed(0)
@@ -81,43 +89,62 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     return model.eval()
 
 
+def attention_of_cls(model: CoaT, image: Tensor, block: int | None) -> list[tuple[str, Tensor]]:
+    """What each stage is called, and how much its CLS token takes of each place: [heads, H, W].
+
+    Args:
+        block: which of a stage's blocks, from 0, or from -1 backwards; None: the last. Stages
+            without it are left out.
+
+    Raises:
+        ValueError: no stage has such a block.
+    """
+    wanted = -1 if block is None else block
+    depths = {stage: len(model.attentions(stage)) for stage in SCALES}
+    maps = []
+    for stage, depth in depths.items():
+        if -depth <= wanted < depth:
+            name = f"stage {stage}, block {wanted % depth}"
+            maps.append((name, cls_attention(model, image, stage, wanted)[0]))
+    if not maps:
+        deepest = max(depths.values())
+        raise ValueError(f"--block must be -{deepest} to {deepest - 1}, got {wanted}")
+    return maps
+
+
 def draw(
     picture: photo.Photo,
     captured: list[measure.Captured],
     features: list[Tensor] | tuple[Tensor, ...],
+    cls_maps: list[tuple[str, Tensor]],
     measured: list[measure.Measured],
     out: Path,
     about: str,
 ) -> list[Path]:
     """Write every PNG; returns their paths."""
+    paths = [out / "feature_maps.png"]
+    title = f"Feature maps of the stages ({about})"
+    pictures.feature_maps(picture, features, paths[-1], title)
     ipsa = [one for one in captured if one.operator == "ipsa"]
+    if ipsa:
+        paths.append(out / "ipsa_attention.png")
+        title = f"IPSA: what one pixel looks at inside its window ({about})\n{KEY}"
+        pictures.inner_patch_attention_maps(picture, ipsa, POINT, paths[-1], title)
     cpsa = [one for one in captured if one.operator == "cpsa"]
-    several = [one for one in cpsa if one.x.shape[1] > one.window[0]]  # one patch: no choice
-    paths = {
-        name: out / f"{name}.png"
-        for name in ("feature_maps", "ipsa_attention", "cpsa_attention", "latency")
-    }
-    pictures.feature_maps(
-        picture, features, paths["feature_maps"], f"Feature maps of the stages ({about})"
-    )
-    pictures.inner_patch_attention_maps(
-        picture,
-        ipsa,
-        POINT,
-        paths["ipsa_attention"],
-        f"IPSA: what one pixel looks at inside its window ({about})\n{KEY}",
-    )
-    pictures.cross_patch_attention_maps(
-        picture,
-        several or cpsa,
-        POINT,
-        paths["cpsa_attention"],
-        f"CPSA: which patches one patch looks at, channel by channel ({about})\n{KEY}",
-    )
+    if cpsa:
+        paths.append(out / "cpsa_attention.png")
+        several = [one for one in cpsa if one.x.shape[1] > one.window[0]]  # one patch: no choice
+        title = f"CPSA: which patches one patch looks at, channel by channel ({about})\n{KEY}"
+        pictures.cross_patch_attention_maps(picture, several or cpsa, POINT, paths[-1], title)
+    if cls_maps:
+        paths.append(out / "cls_attention.png")
+        title = f"What the CLS token takes of each place ({about})\n{CLS_KEY}"
+        pictures.cls_attention_maps(picture, cls_maps, paths[-1], title)
+    paths.append(out / "latency.png")
     threads, isa = measured[0].fused.threads, _library.isa() or "reference"
-    batch_title = f"Latency on the photo's activations, {threads} threads, float32, {isa}"
-    pictures.latency_bars(measured, paths["latency"], batch_title)
-    return list(paths.values())
+    title = f"Latency on the photo's activations, {threads} threads, float32, {isa}"
+    pictures.latency_bars(measured, paths[-1], title)
+    return paths
 
 
 def _measure(

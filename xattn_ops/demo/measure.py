@@ -3,44 +3,67 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xattn_ops import CrossPatchAttention, InnerPatchAttention, flops
+from xattn_ops import (
+    ConvPositionEncoding,
+    ConvRelativeAttention,
+    CrossPatchAttention,
+    InnerPatchAttention,
+    flops,
+)
 from xattn_ops.benchmarks.baselines import plain_linears
+from xattn_ops.benchmarks.cases import OnGrid
 from xattn_ops.benchmarks.runner import Check, compare
 from xattn_ops.benchmarks.timing import Timing, interleaved
 from xattn_ops.demo.attention import cross_patch_weights, inner_patch_weights
 
-Attention = InnerPatchAttention | CrossPatchAttention
+Operator = InnerPatchAttention | CrossPatchAttention | ConvRelativeAttention | ConvPositionEncoding
+OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are shown
+    InnerPatchAttention: "ipsa",
+    CrossPatchAttention: "cpsa",
+    ConvRelativeAttention: "convrel",
+    ConvPositionEncoding: "convpos",
+}
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One attention module of a model and what entered it: x [1, H, W, C]."""
+    """One operator's module in a model, and what entered it.
+
+    x: a map [1, H, W, C], or the tokens [1, N, C] of an image of `grid` (H, W).
+    """
 
     operator: str
     stage: int
-    module: Attention
+    module: Operator
     x: Tensor
+    grid: tuple[int, int]
 
     @property
     def shape(self) -> str:
-        return "x".join(str(size) for size in self.x.shape[1:])
+        return "x".join(str(size) for size in (*self.grid, self.x.shape[-1]))
 
     @property
     def window(self) -> tuple[int, int]:
         """Rows and columns of the module's window (IPSA) or patch (CPSA)."""
+        assert isinstance(self.module, InnerPatchAttention | CrossPatchAttention)
         module = self.module
         return module.window if isinstance(module, InnerPatchAttention) else module.patch
 
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """What the module takes for this x."""
+        return (x,) if x.dim() == 4 else (x, self.grid)
+
     def weights(self) -> Tensor:
-        """The module's attention weights on x: see `attention`."""
+        """The attention weights of a CAT module on x: see `attention`."""
         if isinstance(self.module, InnerPatchAttention):
             return inner_patch_weights(self.module, self.x)
+        assert isinstance(self.module, CrossPatchAttention)
         return cross_patch_weights(self.module, self.x)
 
 
@@ -66,34 +89,34 @@ class Measured:
 
 @torch.no_grad()
 def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], object]:
-    """Run the model once; returns the first IPSA and CPSA of every stage, and the model's output.
+    """Run the model once; returns the first of each operator in every stage, and its output.
 
     A stage is a new feature-map size, counted from 1.
     """
     found: dict[tuple[str, int], Captured] = {}
-    sizes: dict[torch.Size, int] = {}
+    sizes: dict[tuple[int, int], int] = {}
 
-    def remember(module: Attention) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        operator = "ipsa" if isinstance(module, InnerPatchAttention) else "cpsa"
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach()
-            stage = sizes.setdefault(x.shape, len(sizes) + 1)
-            found.setdefault((operator, stage), Captured(operator, stage, module, x.clone()))
-
-        return hook
+    def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(module, Operator)
+        x = inputs[0].detach()
+        grid = (x.shape[1], x.shape[2]) if x.dim() == 4 else inputs[1]
+        operator, stage = OPERATORS[type(module)], sizes.setdefault(grid, len(sizes) + 1)
+        if (operator, stage) not in found:
+            found[operator, stage] = Captured(operator, stage, module, x.clone(), grid)
 
     hooks = [
-        module.register_forward_pre_hook(remember(module))
+        module.register_forward_pre_hook(remember)
         for module in model.modules()
-        if isinstance(module, Attention)
+        if isinstance(module, Operator)
     ]
     try:
         output = model(image)
     finally:
         for handle in hooks:
             handle.remove()
-    return [found[key] for key in sorted(found, key=lambda key: (key[0] != "ipsa", key[1]))], output
+    order = list(OPERATORS.values())
+    shown = sorted(found, key=lambda key: (order.index(key[0]), key[1]))
+    return [found[key] for key in shown], output
 
 
 @torch.no_grad()
@@ -104,36 +127,48 @@ def measure(captured: Captured, batch: int, budget: float) -> Measured:
     """
     module, x = captured.module, captured.x
     eager = reference_of(module)
-    exact = reference_of(module).double()(x.double())
-    copies = x.expand(batch, -1, -1, -1).contiguous()
+    exact = reference_of(module).double()(*captured.arguments(x.double()))
+    one = captured.arguments(x)
+    counted = module if len(one) == 1 else OnGrid(module, captured.grid)
+    several = captured.arguments(x.expand(batch, *x.shape[1:]).contiguous())
 
-    def run_eager(x: Tensor) -> Tensor:
+    def run_eager(*arguments: Any) -> Tensor:
         with plain_linears():
-            return eager(x)
+            return eager(*arguments)
 
-    fused_out, eager_out = module(x), run_eager(x)
+    fused_out, eager_out = module(*one), run_eager(*one)
     timings = interleaved(
-        {"fused": lambda: module(copies), "eager": lambda: run_eager(copies)}, budget=budget
+        {"fused": lambda: module(*several), "eager": lambda: run_eager(*several)}, budget=budget
     )
     return Measured(
         captured=captured,
         check=compare([fused_out], [eager_out], [exact]),
         magnitude=exact.abs().mean().item(),
         formula_macs=formula(captured),
-        counted_macs=flops.count(module, x.shape)[""],
+        counted_macs=flops.count(counted, x.shape)[""],
         fused=timings["fused"],
         eager=timings["eager"],
     )
 
 
 def formula(captured: Captured) -> int:
-    """MACs by the paper's equation 2 or 3."""
-    _, height, width, channels = captured.x.shape
-    closed_form = flops.ipsa if captured.operator == "ipsa" else flops.cpsa
-    return closed_form(height, width, channels, captured.window)
+    """MACs by the papers' formulas: equations 2 and 3 of CAT, 12 of CoaT."""
+    module, channels = captured.module, captured.x.shape[-1]
+    if isinstance(module, InnerPatchAttention):
+        return flops.ipsa(*captured.grid, channels, captured.window)
+    if isinstance(module, CrossPatchAttention):
+        return flops.cpsa(*captured.grid, channels, captured.window)
+    height, width = captured.grid
+    if isinstance(module, ConvPositionEncoding):
+        return height * width * module.proj.weight.numel()
+    head_dim = channels // module.num_heads
+    convolutions = [] if module.crpe is None else [w.shape for w in module.crpe.tensors()[0]]
+    windows = {shape[-1]: shape[0] // head_dim for shape in convolutions}
+    sizes = (height, width, channels, module.num_heads)
+    return flops.conv_relative(*sizes, windows, module.num_prefix_tokens)
 
 
-def reference_of(module: Attention) -> Attention:
+def reference_of(module: Operator) -> Operator:
     """A copy of the module that computes the equation in plain PyTorch."""
     twin = copy.deepcopy(module)
     twin.backend = "reference"

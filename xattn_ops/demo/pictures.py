@@ -18,6 +18,13 @@ from xattn_ops.demo.photo import Photo
 
 INK, OURS, PLAIN, MARK = "#22303c", "#0b7a75", "#b0b7bf", "#ff3b6b"
 HEAT = "RdBu_r"  # red above an even share, blue below
+SMALL: dict[str, Any] = {"fontsize": 8, "color": INK, "pad": 3}
+NAMES = {
+    "ipsa": "IPSA with its linears",
+    "cpsa": "CPSA",
+    "convrel": "Conv-relative attention with its linears",
+    "convpos": "Conv position encoding",
+}
 
 
 def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: str) -> None:
@@ -36,9 +43,9 @@ def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: st
         _picture(row[1], principal_colours(one))
         for axis, channel in zip(row[2:], strongest, strict=True):
             _picture(axis, one[channel].numpy(), cmap="viridis")
-            axis.set_title(f"channel {channel}", fontsize=8, color=INK, pad=3)
+            axis.set_title(f"channel {channel}", **SMALL)
         row[0].set_ylabel(f"stage {stage}", fontsize=11, color=INK)
-        row[1].set_title(f"{one.shape[0]} channels as RGB", fontsize=8, color=INK, pad=3)
+        row[1].set_title(f"{one.shape[0]} channels as RGB", **SMALL)
         if stage > 1:
             row[0].set_title(
                 f"photo at {one.shape[1]} x {one.shape[2]}", fontsize=8, color=INK, pad=3
@@ -80,15 +87,15 @@ def inner_patch_attention_maps(
         _picture(row[0], photo.pixels)
         row[0].add_patch(_outline(box))
         row[0].set_ylabel(f"stage {one.stage}", fontsize=11, color=INK)
-        row[0].set_title(f"window in {one.shape}", fontsize=8, color=INK, pad=3)
+        row[0].set_title(f"window in {one.shape}", **SMALL)
         for head, axis in enumerate(row[1:]):
             if head >= window.shape[0]:
                 axis.set_axis_off()
                 continue
             heat = window[head, query].view(rows, columns).numpy()
-            _overlay(axis, photo, heat, box)
+            _shares(axis, photo, heat, box)
             _mark(axis, box, (y % rows, x % columns), (rows, columns))
-            axis.set_title(_range(f"head {head}", heat), fontsize=8, color=INK, pad=3)
+            axis.set_title(_range(f"head {head}", heat), **SMALL)
     _save(figure, path)
 
 
@@ -113,13 +120,39 @@ def cross_patch_attention_maps(
         _picture(row[0], photo.pixels)
         row[0].add_patch(_outline(box))
         row[0].set_ylabel(f"stage {one.stage}", fontsize=11, color=INK)
-        row[0].set_title(f"{gh} x {gw} patches", fontsize=8, color=INK, pad=3)
+        row[0].set_title(f"{gh} x {gw} patches", **SMALL)
         uneven = looks.amax(1).topk(channels).indices.sort().values.tolist()
         panels = [("mean", looks.mean(0))] + [(f"channel {c}", looks[c]) for c in uneven]
         for axis, (name, heat) in zip(row[1:], panels, strict=True):
-            _overlay(axis, photo, heat.view(gh, gw).numpy(), whole)
+            _shares(axis, photo, heat.view(gh, gw).numpy(), whole)
             axis.add_patch(_outline(box))
-            axis.set_title(_range(name, heat.numpy()), fontsize=8, color=INK, pad=3)
+            axis.set_title(_range(name, heat.numpy()), **SMALL)
+    _save(figure, path)
+
+
+def cls_attention_maps(
+    photo: Photo, maps: Sequence[tuple[str, Tensor]], path: Path, title: str
+) -> None:
+    """One row a block: the photo, the mean over its heads, then the heads that vary most.
+
+    Args:
+        maps: what a row is called, and how much CLS takes of each place, [heads, H, W].
+    """
+    heads = 4
+    figure = _figure(2.2 * (heads + 2), 2.35 * len(maps) + 0.5, title)
+    whole = (0.0, 0.0, float(photo.size), float(photo.size))
+    grid = figure.subplots(len(maps), heads + 2, squeeze=False)
+    for row, (name, taken) in zip(grid, maps, strict=True):
+        strongest = taken.flatten(1).std(1).topk(heads).indices.sort().values.tolist()
+        _picture(row[0], _at(photo, taken.shape[1:]))
+        row[0].set_ylabel(name, fontsize=11, color=INK)
+        row[0].set_title(f"photo at {taken.shape[1]} x {taken.shape[2]}", **SMALL)
+        panels = [("mean", taken.mean(0))] + [(f"head {h}", taken[h]) for h in strongest]
+        for axis, (label, one) in zip(row[1:], panels, strict=True):
+            off = (one - one.mean()).numpy()  # entries may all be negative
+            limit = max(float(np.abs(off).max()), 1e-9)
+            _overlay(axis, photo, off, limit, whole)
+            axis.set_title(_range(label, one.numpy()), **SMALL)
     _save(figure, path)
 
 
@@ -139,7 +172,7 @@ def latency_bars(measured: Sequence[Measured], path: Path, title: str) -> None:
         for tick, row, height in zip(ticks, rows, ours, strict=True):
             axis.annotate(row.faster, (tick + 0.2, height), ha="center", va="bottom", **bold)
         axis.set_xticks(ticks, [row.captured.shape for row in rows], fontsize=8)
-        axis.set_title({"ipsa": "IPSA with its linears", "cpsa": "CPSA"}[operator], color=INK)
+        axis.set_title(NAMES[operator], color=INK)
         axis.set_ylabel("ms per call")
         axis.set_ylim(0, 1.12 * max(ours + eager))
         axis.spines[["top", "right"]].set_visible(False)
@@ -171,20 +204,27 @@ def _at(photo: Photo, size: torch.Size) -> np.ndarray:
 
 
 def _overlay(
-    axis: Any, photo: Photo, heat: np.ndarray, box: tuple[float, float, float, float]
+    axis: Any, photo: Photo, heat: np.ndarray, limit: float, box: tuple[float, float, float, float]
 ) -> None:
-    """The photo in grey, cut to `box` (left, top, right, bottom), under log2 of weight to even.
+    """The photo in grey, cut to `box` (left, top, right, bottom), under heat in [-limit, limit].
 
     Each panel has its own range, which its title gives: attention may be nearly even.
     """
     left, top, right, bottom = box
     grey = photo.pixels.mean(2)
     _picture(axis, grey, cmap="gray", vmin=0, vmax=1, extent=(0, photo.size, photo.size, 0))
-    extent = (left, right, bottom, top)
-    share = np.log2(np.maximum(heat * heat.size, 1e-6))
-    limit = max(float(np.abs(share).max()), 1e-3)
-    axis.imshow(share, cmap=HEAT, alpha=0.6, extent=extent, vmin=-limit, vmax=limit)
+    axis.imshow(
+        heat, cmap=HEAT, alpha=0.6, extent=(left, right, bottom, top), vmin=-limit, vmax=limit
+    )
     axis.set(xlim=(left, right), ylim=(bottom, top))
+
+
+def _shares(
+    axis: Any, photo: Photo, heat: np.ndarray, box: tuple[float, float, float, float]
+) -> None:
+    """The overlay of log2 of weight to even."""
+    share = np.log2(np.maximum(heat * heat.size, 1e-6))
+    _overlay(axis, photo, share, max(float(np.abs(share).max()), 1e-3), box)
 
 
 def _element(point: tuple[float, float], size: torch.Size) -> tuple[int, int]:

@@ -1,0 +1,66 @@
+"""The same operators as a user would write them in plain PyTorch: what the fused kernels must beat.
+
+Each function takes the operands of its case and nothing else, so that it can be run as it is, put
+through torch.compile and differentiated. CAT's maps here are whole windows (the models' shapes), so
+no formulation pays for padding that it would not need.
+
+ipsa, cpsa          CAT's operators
+convrel, convpos    CoaT's
+modules             our modules with the official formulations inside, for blocks and whole models
+plain               what they share
+"""
+
+from xattn_ops.benchmarks.baselines.convpos import convpos_eager, convpos_nhwc
+from xattn_ops.benchmarks.baselines.convrel import convrel_eager, convrel_nhwc
+from xattn_ops.benchmarks.baselines.cpsa import attend_eager, attend_sdpa, cpsa
+from xattn_ops.benchmarks.baselines.ipsa import (
+    Core,
+    eager_core,
+    flex_core,
+    gather_bias,
+    ipsa_dense,
+    ipsa_table,
+    relative_index,
+    sdpa_core,
+)
+from xattn_ops.benchmarks.baselines.modules import (
+    PlainConvPosition,
+    PlainConvRelative,
+    PlainCrossPatch,
+    PlainInnerPatch,
+    convolutions_of,
+    linears_of,
+    plain_copy,
+    plain_linears,
+    with_linears,
+)
+from xattn_ops.benchmarks.baselines.plain import Plain, compiled
+
+__all__ = [
+    "Core",
+    "Plain",
+    "PlainConvPosition",
+    "PlainConvRelative",
+    "PlainCrossPatch",
+    "PlainInnerPatch",
+    "attend_eager",
+    "attend_sdpa",
+    "compiled",
+    "convolutions_of",
+    "convpos_eager",
+    "convpos_nhwc",
+    "convrel_eager",
+    "convrel_nhwc",
+    "cpsa",
+    "eager_core",
+    "flex_core",
+    "gather_bias",
+    "ipsa_dense",
+    "ipsa_table",
+    "linears_of",
+    "plain_copy",
+    "plain_linears",
+    "relative_index",
+    "sdpa_core",
+    "with_linears",
+]

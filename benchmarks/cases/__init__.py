@@ -1,0 +1,96 @@
+"""What is timed: the operators at the shapes of the models, whole blocks and whole models.
+
+A case holds one problem in several variants that take the same operands: ours, the plain
+formulations of `baselines`, and the plain one in float64 that says what is right.
+
+shapes              the feature maps of the models
+case                what a case is
+ipsa, cpsa          CAT's operators
+convrel, convpos    CoaT's
+whole               blocks and models
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xattn_ops.benchmarks.cases.case import FORWARD, STEP, Case, Variant
+from xattn_ops.benchmarks.cases.convpos import convpos_case
+from xattn_ops.benchmarks.cases.convrel import convrel_case, convrel_module_case
+from xattn_ops.benchmarks.cases.cpsa import cpsa_case
+from xattn_ops.benchmarks.cases.ipsa import ipsa_case, ipsa_module_case
+from xattn_ops.benchmarks.cases.shapes import CAT_SMALL, COAT, COAT_SMALL_SCALES, Grid, Stage
+from xattn_ops.benchmarks.cases.whole import (
+    OnGrid,
+    cab_case,
+    check_model,
+    coat_block_case,
+    model_case,
+)
+
+__all__ = [
+    "BLOCKS",
+    "BUILDERS",
+    "FORWARD",
+    "MODELS",
+    "OPERATORS",
+    "SHAPES",
+    "STEP",
+    "Case",
+    "Grid",
+    "OnGrid",
+    "Stage",
+    "Variant",
+    "build",
+    "check_model",
+    "model_case",
+]
+
+BUILDERS: dict[str, Callable[[Any, int, torch.dtype, str], Case]] = {
+    "ipsa": ipsa_case,
+    "ipsa_module": ipsa_module_case,
+    "cpsa": cpsa_case,
+    "cab": cab_case,
+    "convrel": convrel_case,
+    "convrel_module": convrel_module_case,
+    "convpos": convpos_case,
+    "coat_block": coat_block_case,
+}
+SHAPES: dict[str, tuple[Any, ...]] = {
+    "ipsa": CAT_SMALL,
+    "ipsa_module": CAT_SMALL,
+    "cpsa": CAT_SMALL,
+    "cab": CAT_SMALL,
+    "convrel": COAT,
+    "convrel_module": COAT,
+    "convpos": COAT,
+    "coat_block": COAT_SMALL_SCALES,
+}
+# argument of the command -> the cases, blocks and models that go with it
+OPERATORS = {
+    "ipsa": ("ipsa", "ipsa_module"),
+    "cpsa": ("cpsa",),
+    "convrel": ("convrel", "convrel_module"),
+    "convpos": ("convpos",),
+}
+BLOCKS = {"ipsa": "cab", "cpsa": "cab", "convrel": "coat_block", "convpos": "coat_block"}
+_OF_COAT = ("coat_lite_small", "coat_mini")
+MODELS = {
+    "ipsa": ("cat_small",),
+    "cpsa": ("cat_small",),
+    "convrel": _OF_COAT,
+    "convpos": _OF_COAT,
+}
+
+
+def build(operator: str, stage: int, batch: int, dtype: torch.dtype, direction: str) -> Case:
+    """The case of one of the operator's `SHAPES`, or of a model, which has none.
+
+    A shape may have fewer images than `batch`.
+    """
+    if operator in BUILDERS:
+        return BUILDERS[operator](SHAPES[operator][stage], batch, dtype, direction)
+    return model_case(operator, batch, dtype, direction)

@@ -1,0 +1,91 @@
+"""What a case is: one problem, computed in several ways on the same operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from xattn_ops.benchmarks import baselines
+from xattn_ops.benchmarks.baselines import Plain
+from xattn_ops.benchmarks.options import DIRECTIONS
+
+FORWARD, STEP = DIRECTIONS
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case. Leaves correspond, in order, between the variants of a case."""
+
+    function: Plain
+    arguments: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def forward(self) -> Tensor:
+        with torch.no_grad(), self.within():
+            return self.function(*self.arguments)
+
+    def step(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Output and the gradient of every leaf."""
+        with self.within():
+            out = self.function(*self.arguments)
+            return (out.detach(), *torch.autograd.grad(out, self.leaves, grad))
+
+    def compiled(self) -> Variant:
+        return replace(self, function=baselines.compiled(self.function))
+
+
+Variants = dict[str, Variant]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark before it is measured."""
+
+    operator: str
+    shape: str
+    batch: int
+    dtype: torch.dtype
+    direction: str
+    ours: Variants  # the first is the row itself
+    plain: Variants  # the first, "eager", sets the tolerance
+    oracle: Variant  # float64
+    macs: int  # of the paper's algorithm, forward, whole batch
+    dense_bytes: int  # what an attention matrix of all units would take; 0 where it makes no sense
+    tokens: int  # of one image; 0 where it makes no sense
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.shape} B={self.batch}"
+
+
+class Maker:
+    """Reproducible normal operands; for a step they require gradients."""
+
+    def __init__(self, dtype: torch.dtype, direction: str) -> None:
+        self.dtype = dtype
+        self.requires_grad = direction == STEP
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=self.generator) * scale
+        return values.to(self.dtype).requires_grad_(self.requires_grad)
+
+
+def oracle(function: Plain, operands: tuple[Tensor, ...]) -> Variant:
+    """`function` on float64 copies of the operands."""
+    exact = tuple(t.detach().double().requires_grad_() for t in operands)
+    return Variant(function, exact, exact)
+
+
+def on(operands: tuple[Tensor, ...], *, compile: str = "eager", **functions: Plain) -> Variants:
+    """The functions as variants on the same operands, all of which are leaves.
+
+    compile: which of them is a variant once more, under torch.compile: the one that gains most.
+    """
+    variants = {name: Variant(f, operands, operands) for name, f in functions.items()}
+    return {**variants, "compile": variants[compile].compiled()}

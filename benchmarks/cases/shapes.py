@@ -1,0 +1,76 @@
+"""The feature maps of the models, which the operators are timed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Feature map of one stage of CAT, and the window (IPSA) or patch (CPSA) on it."""
+
+    height: int
+    width: int
+    channels: int
+    heads: int
+    window: tuple[int, int] = (7, 7)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.channels}"
+
+
+CAT_SMALL = (
+    Stage(56, 56, 96, 3),
+    Stage(28, 28, 192, 6),
+    Stage(14, 14, 384, 12),
+    Stage(7, 7, 768, 24),
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens of one scale of CoaT: prefix tokens, then the pixels of a map, row by row.
+
+    windows: side of the relative term's convolution and how many heads it serves, in order.
+    most_batch: images that are timed at once at most, for maps as large as a detector's.
+    """
+
+    height: int
+    width: int
+    head_dim: int
+    heads: int = 8
+    prefix: int = 1
+    windows: tuple[tuple[int, int], ...] = ((3, 2), (5, 3), (7, 3))
+    most_batch: int | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.height * self.width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def batch(self, wanted: int) -> int:
+        return wanted if self.most_batch is None else min(wanted, self.most_batch)
+
+    def __str__(self) -> str:
+        one = " B=1" if self.most_batch == 1 else ""
+        return f"{self.height}x{self.width} {self.heads}x{self.head_dim}{one}"
+
+
+COAT = (
+    Grid(56, 56, 8),  # the four scales of CoaT-Lite mini and small
+    Grid(28, 28, 16),
+    Grid(14, 14, 40),
+    Grid(7, 7, 64),
+    Grid(56, 56, 19),  # the first scale of CoaT, and the second of CoaT mini
+    Grid(28, 28, 27),
+    Grid(128, 128, 8, most_batch=1),  # the first scale at 512 and at 1024 pixels
+    Grid(256, 256, 8, most_batch=1),
+)
+COAT_SMALL_SCALES = COAT[:4]

@@ -1,0 +1,105 @@
+"""Whole blocks and whole models, ours against the official formulation of every operator inside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from xattn_ops import (
+    ConvPositionEncoding,
+    ConvRelativeAttention,
+    CrossPatchAttention,
+    InnerPatchAttention,
+    flops,
+)
+from xattn_ops.benchmarks import baselines
+from xattn_ops.benchmarks.cases.case import FORWARD, STEP, Case, Maker, Variant
+from xattn_ops.benchmarks.cases.shapes import Grid, Stage
+from xattn_ops.models import create_model, list_models
+from xattn_ops.models.cat import Block
+from xattn_ops.models.coat_blocks import Rates, SerialBlock
+
+
+class OnGrid(nn.Module):
+    """A module of tokens [B, N, C] and their grid as a function of the tokens alone."""
+
+    def __init__(self, module: nn.Module, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.module = module
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x, self.grid)
+
+
+def cab_case(stage: Stage, batch: int, dtype: torch.dtype, direction: str) -> Case:
+    """A whole cross-attention block: IPSA, CPSA, IPSA, each with its norms and MLP."""
+    width, window = stage.channels, stage.window
+    torch.manual_seed(0)
+    block = nn.Sequential(
+        Block(width, InnerPatchAttention(width, stage.heads, window), 4.0, 0.0),
+        Block(width, CrossPatchAttention(window), 4.0, 0.0),
+        Block(width, InnerPatchAttention(width, stage.heads, window), 4.0, 0.0),
+    )
+    x = Maker(dtype, direction)(batch, stage.height, stage.width, width)
+    return _module_case("cab", str(stage), block, x, direction)
+
+
+def coat_block_case(grid: Grid, batch: int, dtype: torch.dtype, direction: str) -> Case:
+    """A serial block of CoaT-Lite: position encoding, attention, MLP, with their norms."""
+    width, batch = grid.channels, grid.batch(batch)
+    torch.manual_seed(0)
+    attention = ConvRelativeAttention(
+        width, grid.heads, windows=dict(grid.windows), num_prefix_tokens=grid.prefix
+    )
+    encoding = ConvPositionEncoding(width, num_prefix_tokens=grid.prefix)
+    mlp_ratio = 8 if grid.height >= 28 else 4  # of CoaT-Lite small's scales at 224 pixels
+    block = OnGrid(SerialBlock(width, mlp_ratio, attention, encoding, Rates(0.0, 0.0)), grid.size)
+    x = Maker(dtype, direction)(batch, grid.tokens, width)
+    return _module_case("coat_block", str(grid), block, x, direction)
+
+
+def model_case(name: str, batch: int, dtype: torch.dtype, direction: str) -> Case:
+    """A whole classifier at its own image size, without stochastic depth."""
+    check_model(name)
+    torch.manual_seed(0)
+    model = create_model(name, drop_path=0.0)
+    image = Maker(dtype, FORWARD)(batch, 3, 224, 224)
+    return _module_case(name, "224x224", model, image, direction)
+
+
+def check_model(name: str) -> None:
+    """Raise ValueError unless there is such a model."""
+    if name not in list_models():
+        raise ValueError(f"no model {name!r}; there are {', '.join(list_models())}")
+
+
+def _module_case(operator: str, shape: str, module: nn.Module, x: Tensor, direction: str) -> Case:
+    """Ours as it is and compiled, against the official formulation as it is and compiled."""
+    module.to(x.dtype).train(direction == STEP)
+    plain = baselines.plain_copy(module)
+    exact = baselines.plain_copy(module).double()
+
+    def variant(module: nn.Module, x: Tensor) -> Variant:
+        named = sorted(module.named_parameters())
+        weights = tuple(p for _, p in named if p.requires_grad)  # CoaT has norms that nothing reads
+        leaves = (x, *weights) if x.requires_grad else weights
+        return Variant(module, (x,), leaves)
+
+    ours = variant(module, x)
+    eager = replace(variant(plain, x), within=baselines.plain_linears)
+    return Case(
+        operator=operator,
+        shape=shape,
+        batch=x.shape[0],
+        dtype=x.dtype,
+        direction=direction,
+        ours={"fused": ours, "fused + compile": ours.compiled()},
+        plain={"eager": eager, "compile": eager.compiled()},
+        oracle=variant(exact, x.detach().double().requires_grad_(x.requires_grad)),
+        macs=x.shape[0] * flops.count(plain, (1, *x.shape[1:]))[""],
+        dense_bytes=0,
+        tokens=0,
+    )

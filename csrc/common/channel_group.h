@@ -1,0 +1,55 @@
+// Some neighbouring channels of tokens: a row of vectors in scratch, a piece of a row in memory.
+#pragma once
+
+#include "simd.h"
+
+namespace xattn::XATTN_ISA {
+
+template <class S>
+struct ChannelGroup {
+  using T = typename ComputeOf<S>::type;
+  static constexpr int L = Lanes<T>::n;
+
+  int64_t channels, vectors;
+  int64_t stride;     // of a token in scratch
+  int64_t first = 0;  // channel of the tensor
+
+  // `end`: where the last vector that is read or written of a token ends. An odd number of vectors
+  // spreads the tokens over the sets of the cache.
+  ChannelGroup(int64_t channels, int64_t end)
+      : channels(channels), vectors((channels + L - 1) / L), stride(((end + L - 1) / L | 1) * L) {}
+
+  // Channels in vector z.
+  int64_t lanes(int64_t z) const { return min_of<int64_t>(L, channels - z * L); }
+
+  // use(z, t, values) for vector z of `count` tokens in memory, one vector of all tokens after the
+  // other, so that what `use` keeps stays in registers.
+  template <class F>
+  XATTN_MEMBER void for_vectors(const S* from, int64_t from_stride, int64_t count, F use) const {
+    const int64_t whole = channels / L;
+    for (int64_t z = 0; z < whole; ++z) {
+      for (int64_t t = 0; t < count; ++t) use(z, t, load(from + t * from_stride + z * L));
+    }
+    if (whole == vectors) return;
+    const int64_t left = channels - whole * L;
+    for (int64_t t = 0; t < count; ++t) {
+      use(whole, t, load_n(from + t * from_stride + whole * L, left));
+    }
+  }
+
+  // out[t][:] = `count` tokens in memory, asking for as many after them.
+  void gather(const S* from, int64_t from_stride, int64_t count, T* out) const {
+    const int64_t ahead = count * from_stride;
+    for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
+      prefetch_line(from + t * from_stride + z * L + ahead);
+      store(out + t * stride + z * L, v);
+    });
+  }
+
+  // One vector of a token's results.
+  void put(S* to, int64_t vector, vec<T> value) const {
+    store_n(to + vector * L, value, channels - vector * L);
+  }
+};
+
+}  // namespace xattn::XATTN_ISA

@@ -1,0 +1,198 @@
+// Depthwise convolutions over tokens on one core: lanes are channels, so a pixel is a row of
+// vectors, a tap is one vector of weights, and nothing is ever transposed.
+#pragma once
+
+#include "arena.h"
+#include "depthwise_weights.h"
+#include "loops.h"
+
+namespace xattn::XATTN_ISA {
+
+// Pixels whose results are in registers at a time; 7 divides the maps of the models.
+constexpr int kPixels = 7;
+// Pixels that one load of a weight gradient's input serves.
+constexpr int kGradPixels = 4;
+
+// The latest rows of an image in scratch, with zeros on all sides so that no tap needs a check.
+// A pixel is `stride` values; whole vectors may be read and written at any multiple of the lanes.
+template <class T>
+struct PaddedRows {
+  static constexpr int L = Lanes<T>::n;
+  T* data;
+  T* zeros;  // a row outside the image
+  int64_t height, width, stride, margin, capacity, row_size;
+
+  // `ahead` rows are processed together, with windows of up to `largest`.
+  PaddedRows(Arena& arena, int64_t height, int64_t width, int64_t stride, int64_t largest,
+             int64_t ahead)
+      : height(height),
+        width(width),
+        stride(stride),
+        margin(largest / 2),
+        capacity(min_of(height, ahead + 2 * (largest / 2))),
+        row_size((round_up(width, kPixels) + kGradPixels + 2 * (largest / 2)) * stride + L) {
+    data = arena.take<T>(capacity * row_size);
+    zeros = arena.take<T>(row_size);
+  }
+
+  // Once per scratch: rows are written inside the image alone.
+  void clear() const {
+    for (int64_t i = 0; i < capacity * row_size; ++i) data[i] = 0;
+    for (int64_t i = 0; i < row_size; ++i) zeros[i] = 0;
+  }
+
+  // Pixel 0 of row y, which is in the image and among the latest.
+  T* row(int64_t y) const { return data + (y % capacity) * row_size + margin * stride; }
+
+  // taps[ky] = where window row ky of the pixels of row y begins, for values from `first` on.
+  void find_taps(int64_t y, int64_t window, int64_t first, const T** taps) const {
+    for (int64_t ky = 0; ky < window; ++ky) {
+      const int64_t from = y + ky - window / 2;
+      const T* pixel = from < 0 || from >= height ? zeros + margin * stride : row(from);
+      taps[ky] = pixel - window / 2 * stride + first;
+    }
+  }
+};
+
+// The weights of one vector of channels, [window * window][lanes]: as wide as the widest window
+// among its channels, the others centred in zeros.
+template <class T>
+struct PackedTaps {
+  int64_t window;
+  T* weights;
+  T* bias;  // [lanes]
+};
+
+// use(x, bias + sum over ky, kx of taps[ky][x + kx] * weights[ky][kx]) for every pixel of a row.
+template <int kWindow, class T, class F>
+XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* taps, int64_t stride,
+                                  int64_t width, F use) {
+  constexpr int L = Lanes<T>::n;
+  const int64_t window = kWindow ? kWindow : packed.window;
+  const auto bias = load(packed.bias);
+  for (int64_t x = 0; x < width; x += kPixels) {
+    vec<T> acc[kPixels];
+    XATTN_UNROLL
+    for (int p = 0; p < kPixels; ++p) acc[p] = bias;
+    for (int64_t ky = 0; ky < window; ++ky) {
+      const T* in = taps[ky] + x * stride;
+      const T* weights = packed.weights + ky * window * L;
+#if defined(__AVX512F__) || defined(__aarch64__)
+      if constexpr (kWindow > 0) {  // registers enough to load every pixel once
+        vec<T> pixel[kPixels + kWindow - 1];
+        XATTN_UNROLL
+        for (int i = 0; i < kPixels + kWindow - 1; ++i) pixel[i] = load(in + i * stride);
+        XATTN_UNROLL
+        for (int kx = 0; kx < kWindow; ++kx) {
+          const auto weight = load(weights + kx * L);
+          XATTN_UNROLL
+          for (int p = 0; p < kPixels; ++p) acc[p] += pixel[p + kx] * weight;
+        }
+        continue;
+      }
+#endif
+      for (int64_t kx = 0; kx < window; ++kx) {
+        const auto weight = load(weights + kx * L);
+        XATTN_UNROLL
+        for (int p = 0; p < kPixels; ++p) acc[p] += load(in + (p + kx) * stride) * weight;
+      }
+    }
+    if (x + kPixels <= width) {
+      XATTN_UNROLL
+      for (int p = 0; p < kPixels; ++p) use(x + p, acc[p]);
+    } else {
+      XATTN_UNROLL
+      for (int p = 0; p < kPixels - 1; ++p) {
+        if (x + p < width) use(x + p, acc[p]);
+      }
+    }
+  }
+}
+
+template <class T, class F>
+XATTN_INLINE void convolve_row(const PackedTaps<T>& packed, const T* const* taps, int64_t stride,
+                               int64_t width, F use) {
+  switch (packed.window) {
+    case 3:
+      return convolve_row_of<3>(packed, taps, stride, width, use);
+    case 5:
+      return convolve_row_of<5>(packed, taps, stride, width, use);
+    case 7:
+      return convolve_row_of<7>(packed, taps, stride, width, use);
+    default:
+      return convolve_row_of<0>(packed, taps, stride, width, use);
+  }
+}
+
+// sums[ky][kx] += sum over x of grad[x] * taps[ky][x + kx], for window rows [ky, ky + kRows).
+template <int kWindow, int kRows, class T>
+XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t stride,
+                                       int64_t width, T* sums) {
+  constexpr int L = Lanes<T>::n;
+  vec<T> acc[kRows][kWindow] = {};
+  for (int64_t x = 0; x < width; x += kGradPixels) {
+    vec<T> g[kGradPixels];
+    XATTN_UNROLL
+    for (int i = 0; i < kGradPixels; ++i) g[i] = load(grad + (x + i) * stride);
+    XATTN_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      XATTN_UNROLL
+      for (int j = 0; j < kWindow + kGradPixels - 1; ++j) {
+        const auto in = load(taps[r] + (x + j) * stride);
+        XATTN_UNROLL
+        for (int i = 0; i < kGradPixels; ++i) {
+          if (j - i >= 0 && j - i < kWindow) acc[r][j - i] += g[i] * in;
+        }
+      }
+    }
+  }
+  XATTN_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    XATTN_UNROLL
+    for (int k = 0; k < kWindow; ++k) {
+      T* sum = sums + (r * kWindow + k) * L;
+      store(sum, load(sum) + acc[r][k]);
+    }
+  }
+}
+
+// Window rows in groups whose accumulators fit the registers.
+template <int kWindow, class T>
+XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t stride,
+                                       int64_t width, T* sums) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  constexpr int kRows = 21 / kWindow;
+#else
+  constexpr int kRows = kWindow > 5 ? 1 : 10 / kWindow;
+#endif
+  for_columns<kRows, 1>(kWindow, [&](auto rows, int64_t ky) XATTN_LAMBDA_INLINE {
+    add_tap_gradients_of<kWindow, decltype(rows)::value>(grad, taps + ky, stride, width,
+                                                         sums + ky * kWindow * Lanes<T>::n);
+  });
+}
+
+// sums[ky][kx] += sum over the pixels of a row of grad[x] * taps[ky][x + kx]. `grad` is a row of a
+// PaddedRows: beyond the image it is zero.
+template <class T>
+__attribute__((noinline)) void add_tap_gradients(int64_t window, const T* grad,
+                                                 const T* const* taps, int64_t stride,
+                                                 int64_t width, T* sums) {
+  switch (window) {
+    case 3:
+      return add_tap_gradients_of<3>(grad, taps, stride, width, sums);
+    case 5:
+      return add_tap_gradients_of<5>(grad, taps, stride, width, sums);
+    case 7:
+      return add_tap_gradients_of<7>(grad, taps, stride, width, sums);
+    default:
+      for (int64_t ky = 0; ky < window; ++ky) {
+        for (int64_t kx = 0; kx < window; ++kx) {
+          const T* shifted[1] = {taps[ky] + kx * stride};
+          add_tap_gradients_of<1, 1>(grad, shifted, stride, width,
+                                     sums + (ky * window + kx) * Lanes<T>::n);
+        }
+      }
+  }
+}
+
+}  // namespace xattn::XATTN_ISA

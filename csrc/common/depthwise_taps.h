@@ -1,0 +1,131 @@
+// The depthwise weights of a group of channels, packed for the kernels, and their gradients.
+#pragma once
+
+#include "channel_group.h"
+#include "depthwise.h"
+
+namespace xattn::XATTN_ISA {
+
+// How weights get into packed taps and their gradients out.
+template <class S>
+struct TapPacker {
+  using T = typename ComputeOf<S>::type;
+  static constexpr int L = Lanes<T>::n;
+  const DepthwiseWeights& from;
+
+  // Of channels [first, first + count); `flipped` for the transposed convolution, without bias.
+  void pack(int64_t first, int64_t count, bool flipped, PackedTaps<T>& to) const {
+    to.window = 1;
+    for (int64_t c = 0; c < count; ++c) to.window = max_of(to.window, from.window[first + c]);
+    const int64_t taps = to.window * to.window;
+    for (int64_t i = 0; i < taps * L; ++i) to.weights[i] = 0;
+    store(to.bias, vec<T>{});
+    for (int64_t c = 0; c < count; ++c) {
+      const S* weight = static_cast<const S*>(from.weight) + from.offset[first + c];
+      for_window(to.window, first + c, [&](int64_t own, int64_t packed) {
+        to.weights[(flipped ? taps - 1 - packed : packed) * L + c] = load_1(weight + own);
+      });
+      if (from.bias && !flipped) {
+        to.bias[c] = load_1(static_cast<const S*>(from.bias) + first + c);
+      }
+    }
+  }
+
+  // Sums [window * window][lanes] of packed taps, written as the channels' own gradients.
+  void unpack(int64_t first, int64_t count, const PackedTaps<T>& sums, T* weight_gradients) const {
+    for (int64_t c = 0; c < count; ++c) {
+      T* gradients = weight_gradients + from.offset[first + c];
+      for_window(sums.window, first + c, [&](int64_t own, int64_t packed) {
+        gradients[own] = sums.weights[packed * L + c];
+      });
+    }
+  }
+
+  // f(index among the channel's own taps, index in a packed window).
+  template <class F>
+  void for_window(int64_t packed_window, int64_t channel, F f) const {
+    const int64_t own = from.window[channel], border = (packed_window - own) / 2;
+    for (int64_t y = 0; y < own; ++y) {
+      for (int64_t x = 0; x < own; ++x) {
+        f(y * own + x, (y + border) * packed_window + x + border);
+      }
+    }
+  }
+};
+
+// One PackedTaps for every vector of a group: weights, or the sums of their gradients.
+template <class S>
+struct GroupTaps {
+  using T = typename ComputeOf<S>::type;
+  static constexpr int L = Lanes<T>::n;
+  const ChannelGroup<S>& group;
+  const DepthwiseWeights& from;
+  PackedTaps<T>* taps;
+  const T** rows;  // of one window
+
+  // Without `real` memory the arena only counts.
+  GroupTaps(const ChannelGroup<S>& group, const DepthwiseWeights& from, Arena& arena, bool real)
+      : group(group), from(from) {
+    taps = arena.take<PackedTaps<T>>(count());
+    rows = arena.take<const T*>(from.largest);
+    for (int64_t z = 0; z < count(); ++z) {
+      T* weights = arena.take<T>(from.largest * from.largest * L);
+      T* bias = arena.take<T>(L);
+      if (real) taps[z] = {0, weights, bias};
+    }
+  }
+
+  // Vectors, of which the group may have fewer later; 0 where there is no convolution.
+  int64_t count() const { return from.largest > 0 ? group.vectors : 0; }
+
+  // The weights of the group's channels; `flipped` for the transposed convolution.
+  void pack(bool flipped) const {
+    for (int64_t z = 0; z < count(); ++z) {
+      TapPacker<S>{from}.pack(group.first + z * L, group.lanes(z), flipped, taps[z]);
+    }
+  }
+
+  // use(x, vector z of the convolution of `image` at pixel x) for row y.
+  template <class F>
+  XATTN_MEMBER void convolve(const PaddedRows<T>& image, int64_t y, int64_t z, F use) const {
+    image.find_taps(y, taps[z].window, z * L, rows);
+    convolve_row(taps[z], rows, image.stride, image.width, use);
+  }
+
+  // Begins sums of gradients, with the windows of `weights`.
+  void clear(const GroupTaps& weights) const {
+    for (int64_t z = 0; z < count(); ++z) {
+      taps[z].window = weights.taps[z].window;
+      for (int64_t i = 0; i < taps[z].window * taps[z].window * L; ++i) taps[z].weights[i] = 0;
+      store(taps[z].bias, vec<T>{});
+    }
+  }
+
+  // Adds row y of grad (*) image, where grad is the gradient of the convolution's output.
+  void add_row(const PaddedRows<T>& image, const PaddedRows<T>& grad, int64_t y) const {
+    for (int64_t z = 0; z < count(); ++z) {
+      image.find_taps(y, taps[z].window, z * L, rows);
+      add_tap_gradients(taps[z].window, grad.row(y) + z * L, rows, image.stride, image.width,
+                        taps[z].weights);
+    }
+  }
+  // Adds row y of grad to the sums of the bias.
+  void add_bias_row(const PaddedRows<T>& grad, int64_t y) const {
+    for (int64_t z = 0; z < count(); ++z) {
+      vec<T> sum{};
+      const T* row = grad.row(y) + z * L;
+      for (int64_t x = 0; x < grad.width; ++x) sum += load(row + x * grad.stride);
+      store(taps[z].bias, load(taps[z].bias) + sum);
+    }
+  }
+
+  // Writes the sums as gradients in the layout of the weights; grad_bias may be null.
+  void write(T* grad_weight, T* grad_bias) const {
+    for (int64_t z = 0; z < count(); ++z) {
+      TapPacker<S>{from}.unpack(group.first + z * L, group.lanes(z), taps[z], grad_weight);
+      if (grad_bias) store_n(grad_bias + group.first + z * L, load(taps[z].bias), group.lanes(z));
+    }
+  }
+};
+
+}  // namespace xattn::XATTN_ISA

@@ -1,0 +1,44 @@
+"""What the tests of every model family do with a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from support.cases import BACKENDS
+from xattn_ops.models import create_model
+from xattn_ops.models.coat import CoaT
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+kinds = pytest.mark.parametrize("features_only", [False, True], ids=["classifier", "features"])
+
+
+def on_meta(name: str, **options: Any) -> nn.Module:
+    """A model without memory: its shapes, its keys, its MACs."""
+    with torch.device("meta"):
+        return create_model(name, **options)
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """A classifier's logits or a backbone's maps, as a list."""
+    y = model(x)
+    return [y] if torch.is_tensor(y) else y
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([y.square().mean() for y in outputs(model, x)]).sum()
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """Of `loss_of`, for each parameter that asks for one."""
+    model.zero_grad()
+    loss_of(model, x).backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+
+
+def small_coat(depth: int = 2, **options: Any) -> CoaT:
+    """A CoaT of 5 serial blocks, `depth` parallel ones, and 8 heads of 1, 2, 2 and 2 channels."""
+    return CoaT((8, 16, 16, 16), (1, 1, 1, 2), (2, 2, 2, 2), depth, **{"num_classes": 5, **options})
