@@ -37,11 +37,17 @@ struct ChannelGroup {
     }
   }
 
-  // out[t][:] = `count` tokens in memory, asking for as many after them.
+  // out[t][:] = `count` tokens in memory.
   void gather(const S* from, int64_t from_stride, int64_t count, T* out) const {
-    const int64_t ahead = count * from_stride;
     for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
-      prefetch_line(from + t * from_stride + z * L + ahead);
+      store(out + t * stride + z * L, v);
+    });
+  }
+  // The same, asking for as many tokens after them: where nothing else is at hand to hide the
+  // memory behind.
+  void gather_ahead(const S* from, int64_t from_stride, int64_t count, T* out) const {
+    for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
+      prefetch_line(from + (t + count) * from_stride + z * L);
       store(out + t * stride + z * L, v);
     });
   }

@@ -412,6 +412,7 @@ XATTN_INLINE vdouble exp2_nonpositive(vdouble x) {
 }
 
 XATTN_INLINE void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+XATTN_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 XATTN_INLINE void prefetch_line_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace xattn::XATTN_ISA

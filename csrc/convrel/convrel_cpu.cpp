@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor> convrel_fwd(Tensor qkv, Tensor conv_weight,
                    {windows, channels, heads, grid_h, grid_w, prefix, scale});
   ConvRelArgs& a = call.args;
   Tensor out = empty_for(call.qkv, {a.batch, a.tokens(), a.channels()});
-  Tensor state = torch::stable::new_empty(
-      call.qkv, Ints{a.batch, a.heads, a.head_dim, a.head_dim + 2}, compute_type(call.qkv));
+  Tensor state = empty_for(call.qkv, Ints{a.batch, a.heads, a.head_dim, a.head_dim + 2},
+                           compute_type(call.qkv));
   a.out = out.mutable_data_ptr();
   a.state = state.mutable_data_ptr();
 
@@ -144,9 +144,10 @@ std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tens
   const int64_t bytes = kernels.backward_scratch(a);
   WeightGradients gradients(call.qkv, a.batch, a.groups(), call.weight.numel(),
                             call.bias.has_value() ? a.channels() : 0);
-  gradients.for_chunks<ConvRelChunk>(
-      a.batch, a.groups(), bytes,
-      [&](const ConvRelChunk& chunk, void* scratch) { kernels.backward(a, chunk, scratch); });
+  gradients.for_chunks<ConvRelChunk>(a.batch, a.groups(), bytes,
+                                     [&](const ConvRelChunk* chunks, int64_t count, void* scratch) {
+                                       kernels.backward(a, chunks, count, scratch);
+                                     });
   return {grad_qkv, gradients.weight(), gradients.bias()};
 }
 

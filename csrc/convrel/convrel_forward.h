@@ -63,7 +63,6 @@ struct ContextPass {
       auto top = load(maximum + z * L);
       for (int64_t t = 0; t < count; ++t) {
         const S* at = k + t * token + z * L;
-        prefetch_line(at + count * token);
         top = vmax(top, whole ? load(at) : load_n(at, g.channels - z * L));
       }
       store(factor + z * L, top);
@@ -78,6 +77,8 @@ struct ContextPass {
       vec<T> sum{};
       for (int64_t t = 0; t < count; ++t) {
         const S* at = k + t * token + z * L;
+        prefetch_line(at + count * token);  // the next block's k and v
+        prefetch_line(at + count * token + g.args.channels());
         const auto key = whole ? load(at) : load_n(at, g.channels - z * L);
         const auto e = exp2_nonpositive((key - top) * (T)kLog2e);
         store(keys + t * g.stride + z * L, e);
@@ -175,9 +176,10 @@ struct Forward {
   }
 
   void write(int64_t first, int64_t count) const {
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t z = 0; z < g.vectors; ++z) {
-        g.put(g.out(first + t), z, load(mixed + t * g.stride + z * L));
+    S* to = g.out(first);
+    for (int64_t z = 0; z < g.vectors; ++z) {
+      for (int64_t t = 0; t < count; ++t) {
+        g.put(to + t * g.args.channels(), z, load(mixed + t * g.stride + z * L));
       }
     }
   }
@@ -199,14 +201,21 @@ struct Forward {
     }
   }
 
-  // out = mixed + q * conv(v) for one image row, whose q and mixed begin at `at`.
+  // out = mixed + q * conv(v) for one image row, whose q and mixed begin at `at`. What the next
+  // rows read and write is asked for here, where the arithmetic hides the memory.
   void add_relative(int64_t y, int64_t at) const {
+    const int64_t token = g.args.qkv_stride[1], channels = g.args.channels();
+    const S* next_q = g.qkv(kQuery, g.token_of(y + g.rows));
+    const S* next_v = g.qkv(kValue, g.token_of(y + g.rows + values.margin));
     S* out = g.out(g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
       const T *q = queries + at + z * L, *m = mixed + at + z * L;
       taps.convolve(values, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
+        prefetch_line(next_q + x * token + z * L);
+        prefetch_line(next_v + x * token + z * L);
+        prefetch_to_write(out + (x + g.args.width) * channels + z * L);
         const auto sum = load(m + x * g.stride) + load(q + x * g.stride) * conv;
-        g.put(out + x * g.args.channels(), z, sum);
+        g.put(out + x * channels, z, sum);
       });
     }
   }

@@ -86,6 +86,22 @@ struct Heads {
     }
   }
 
+  // to(h)[j][i] = from[i][j] * factor, where the rows of `from` are `row` values apart.
+  void transpose_head(int64_t h, const T* from, int64_t row, T factor, T* to) const {
+    for (int64_t i = 0; i < dim; i += L) {
+      for (int64_t j = 0; j < dim; j += L) {
+        vec<T> square[L];
+        XATTN_UNROLL
+        for (int r = 0; r < L; ++r) {
+          square[r] = i + r < dim ? load_n(from + (i + r) * row + j, dim - j) * factor : vec<T>{};
+        }
+        transpose(square);
+        const int64_t rows = min_of<int64_t>(L, dim - j);
+        for (int64_t r = 0; r < rows; ++r) store_n(to + at(h, j + r, i), square[r], dim - i);
+      }
+    }
+  }
+
  private:
   __attribute__((noinline)) void add_outer_of(int64_t tokens, const T* left, const T* right,
                                               T* sums) const {
