@@ -115,7 +115,7 @@ struct Backward {
       const auto top = load(maximum + z * L), scale = load(inverse + z * L);
       for (int64_t t = 0; t < count; ++t) {
         T* key = keys + t * g.stride + z * L;
-        store(key, exp2_nonpositive((load(key) - top) * (T)kLog2e) * scale);
+        store(key, exp2_for<S>((load(key) - top) * (T)kLog2e) * scale);
       }
     }
   }

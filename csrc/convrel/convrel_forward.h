@@ -80,7 +80,7 @@ struct ContextPass {
         prefetch_line(at + count * token);  // the next block's k and v
         prefetch_line(at + count * token + g.args.channels());
         const auto key = whole ? load(at) : load_n(at, g.channels - z * L);
-        const auto e = exp2_nonpositive((key - top) * (T)kLog2e);
+        const auto e = exp2_for<S>((key - top) * (T)kLog2e);
         store(keys + t * g.stride + z * L, e);
         sum += e;
       }
