@@ -33,6 +33,15 @@ STABLE_TORCH_LIBRARY(xattn_ops, m) {
       "Tensor proj_weight, Tensor? proj_bias, Tensor? seed, int patch_h, int patch_w, "
       "int num_heads, float scale, float dropout_p) -> (Tensor grad_x, Tensor grad_qkv_weight, "
       "Tensor grad_qkv_bias, Tensor grad_proj_weight, Tensor grad_proj_bias)");
+  m.def(
+      "digest_fwd(Tensor qkv, Tensor? digest_kv, Tensor? bias_table, Tensor? digest_bias, "
+      "Tensor? seed, int num_heads, int grid_h, int grid_w, int num_prefix_tokens, float scale, "
+      "float dropout_p) -> (Tensor out, Tensor row_stats)");
+  m.def(
+      "digest_bwd(Tensor grad_out, Tensor qkv, Tensor? digest_kv, Tensor? bias_table, "
+      "Tensor? digest_bias, Tensor out, Tensor row_stats, Tensor? seed, int num_heads, int grid_h, "
+      "int grid_w, int num_prefix_tokens, float scale, float dropout_p) -> (Tensor grad_qkv, "
+      "Tensor grad_digest_kv, Tensor grad_bias_table, Tensor grad_digest_bias)");
 }
 
 namespace xattn {

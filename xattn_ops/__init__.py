@@ -3,6 +3,7 @@
 from ._backend import available_backends, explain
 from ._version import __version__
 from .cpsa import CrossPatchAttention, cross_patch_attention
+from .digest import digest_attention
 from .ipsa import InnerPatchAttention, inner_patch_attention
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "cross_patch_attention",
+    "digest_attention",
     "explain",
     "inner_patch_attention",
 ]

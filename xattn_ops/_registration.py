@@ -39,13 +39,14 @@ def register(
     *,
     batched: Sequence[str],
     returns_batched: Sequence[bool] = (True,),
+    keep_dtype: Sequence[str] = (),
     fake: Callable[..., Any],
     flops: Callable[..., int],
 ) -> None:
     """Give the op `name` its fake kernel and its vmap, autocast, FLOP and sharding rules.
 
     batched: the names of its batched arguments. returns_batched: the same of its returns, in
-    order. fake: its arguments -> empty outputs. flops: its arguments, shapes in place of tensors
+    order. keep_dtype: the names of arguments that autocast leaves alone. fake: its arguments -> empty outputs. flops: its arguments, shapes in place of tensors
     -> floating-point operations, 2 to a multiply-add. Does nothing where the op does not exist.
     """
     if missing(name):
@@ -53,7 +54,7 @@ def register(
     packet = getattr(torch.ops.xattn_ops, name)
     torch.library.register_fake(f"xattn_ops::{name}", fake, lib=_LIBRARY)
     _register_vmap(packet.default, batched, returns_batched)
-    _register_autocast(packet.default, name)
+    _register_autocast(packet.default, name, positions(packet.default, keep_dtype))
     register_flop_formula(packet)(lambda *args, out_shape=None, **_: flops(*args))
     if torch.distributed.is_available():
         _register_sharding(packet.default, batched, returns_batched)
@@ -169,6 +170,8 @@ def _folded(
     """One call on [size * B, ...] in place of `size` calls on [B, ...]."""
     flat = list(args)
     for place in places:
+        if args[place] is None:
+            continue
         dim = in_dims[place]
         whole = args[place].expand(size, *args[place].shape) if dim is None else args[place]
         flat[place] = whole.movedim(dim or 0, 0).flatten(0, 1)
@@ -207,12 +210,14 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def _register_autocast(op: torch._ops.OpOverload, name: str) -> None:
-    """The same rule for who calls the leaf op itself."""
+def _register_autocast(op: torch._ops.OpOverload, name: str, kept: Sequence[int]) -> None:
+    """The same rule for who calls the leaf op itself, but for the arguments at places `kept`."""
     for device in ("CPU", "CUDA"):
 
         def rule(*args: Any, device: str = device.lower()) -> Any:
-            cast = autocast(*args)
+            cast = list(autocast(*args))
+            for place in kept:
+                cast[place] = args[place]
             with torch.autocast(device, enabled=False):
                 return op(*cast)
 

@@ -1,0 +1,6 @@
+"""Digest-token attention, CabViT 3.1."""
+
+from .interface import digest_attention
+from .reference import digest_attention_reference
+
+__all__ = ["digest_attention", "digest_attention_reference"]
