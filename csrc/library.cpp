@@ -39,8 +39,8 @@ STABLE_TORCH_LIBRARY(xattn_ops, m) {
       "float dropout_p) -> (Tensor out, Tensor row_stats)");
   m.def(
       "digest_bwd(Tensor grad_out, Tensor qkv, Tensor? digest_kv, Tensor? bias_table, "
-      "Tensor? digest_bias, Tensor out, Tensor row_stats, Tensor? seed, int num_heads, int grid_h, "
-      "int grid_w, int num_prefix_tokens, float scale, float dropout_p) -> (Tensor grad_qkv, "
+      "Tensor? digest_bias, Tensor row_stats, Tensor? seed, int num_heads, int grid_h, int grid_w, "
+      "int num_prefix_tokens, float scale, float dropout_p) -> (Tensor grad_qkv, "
       "Tensor grad_digest_kv, Tensor grad_bias_table, Tensor grad_digest_bias)");
 }
 

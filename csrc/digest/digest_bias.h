@@ -156,30 +156,29 @@ struct BiasGradient {
     }
   }
 
-  // ds: [rows][stride] of queries [i0, i0 + rows) and keys [k0, k1).
-  void add(const T* ds, int64_t stride, int64_t i0, int64_t rows, int64_t k0, int64_t k1) {
+  // ds: [rows][stride] of queries [i0, i0 + rows).
+  void add(const T* ds, int64_t stride, int64_t i0, int64_t rows) {
     const DigestArgs& a = u.args;
     if (a.table_parts) {
       for (int64_t r = max_of<int64_t>(0, a.prefix - i0); r < rows; ++r) {
-        add_row(ds + r * stride - k0, i0 + r - a.prefix, k0, min_of(k1, a.patches()));
+        add_row(ds + r * stride, i0 + r - a.prefix);
       }
     }
     if (!a.digest_parts) return;
-    for (int64_t k = max_of(k0, a.tokens); k < k1; k += L) {
-      auto sum = load(digests + k - a.tokens);
-      for (int64_t r = 0; r < rows; ++r) sum += first_lanes(load(ds + r * stride + k - k0), k1 - k);
-      store(digests + k - a.tokens, sum);
+    for (int64_t m = 0; m < a.digests; m += L) {
+      vec<T> sum{};  // of the block alone: short sums of short sums err less than one long one
+      for (int64_t r = 0; r < rows; ++r) sum += load(ds + r * stride + a.tokens + m);
+      store(digests + m, load(digests + m) + sum);
     }
   }
   // One query's row `ds`, by key.
-  XATTN_MEMBER void add_row(const T* ds, int64_t patch, int64_t k0, int64_t k1) {
+  XATTN_MEMBER void add_row(const T* ds, int64_t patch) {
     const int64_t h = u.args.grid_h, stride = Mirror::stride(u.args, L);
     const int64_t y = patch / u.args.grid_w, x = patch % u.args.grid_w;
-    for (int64_t kx = k0 / h; kx * h < k1; ++kx) {
-      const int64_t dx = kx < x ? x - kx : kx - x, end = min_of(k1, (kx + 1) * h);
-      T* bins = mirror + dx * stride + h - 1 - y - kx * h;
-      for (int64_t k = max_of(k0, kx * h); k < end; k += L) {
-        store(bins + k, load(bins + k) + first_lanes(load(ds + k), end - k));
+    for (int64_t kx = 0; kx < u.args.grid_w; ++kx, ds += h) {
+      T* bins = mirror + (kx < x ? x - kx : kx - x) * stride + h - 1 - y;
+      for (int64_t ky = 0; ky < h; ky += L) {
+        store(bins + ky, load(bins + ky) + first_lanes(load(ds + ky), h - ky));
       }
     }
   }

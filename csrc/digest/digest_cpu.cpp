@@ -129,25 +129,21 @@ void set_splits(DigestArgs& a) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> digest_bwd(
     Tensor grad_out, Tensor qkv, std::optional<Tensor> digest_kv, std::optional<Tensor> bias_table,
-    std::optional<Tensor> digest_bias, Tensor out, Tensor row_stats, std::optional<Tensor> seed,
-    int64_t heads, int64_t grid_h, int64_t grid_w, int64_t prefix, double scale, double dropout_p) {
+    std::optional<Tensor> digest_bias, Tensor row_stats, std::optional<Tensor> seed, int64_t heads,
+    int64_t grid_h, int64_t grid_w, int64_t prefix, double scale, double dropout_p) {
   const Inputs in(qkv, digest_kv, bias_table, digest_bias, seed);
   DigestArgs a = make_args(in, {heads, grid_h, grid_w, prefix, scale, dropout_p});
-  const auto is_output = [&](const Tensor& t) {
-    return t.dim() == 3 && t.size(0) == a.batch && t.size(1) == a.tokens &&
-           t.size(2) == a.channels() && dtype_of(t) == a.dtype;
-  };
-  STD_TORCH_CHECK(is_output(grad_out) && is_output(out),
-                  "digest: out and grad_out must have the shape and dtype of the output");
+  STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == a.batch &&
+                      grad_out.size(1) == a.tokens && grad_out.size(2) == a.channels() &&
+                      dtype_of(grad_out) == a.dtype,
+                  "digest: grad_out must have the shape and dtype of the output");
   STD_TORCH_CHECK(
       row_stats.numel() == 2 * a.units() * a.tokens && row_stats.scalar_type() == compute_type(a),
       "digest: row_stats must be what digest_fwd returned");
   grad_out = dense_last(grad_out);
-  out = torch::stable::contiguous(out);
   row_stats = torch::stable::contiguous(row_stats);
   a.grad_out = grad_out.const_data_ptr();
   for (int i = 0; i < 2; ++i) a.grad_out_stride[i] = grad_out.stride(i);
-  a.out = const_cast<void*>(out.const_data_ptr());
   a.row_stats = const_cast<void*>(row_stats.const_data_ptr());
 
   const Tensor& like = in.qkv;

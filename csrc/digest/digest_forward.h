@@ -14,6 +14,7 @@ struct Forward {
   using Weight = typename U::Weight;
   static constexpr int R = U::kRows, L = U::L;
   static constexpr int64_t kTiles = 4;  // of queries in a block: they share a visit to the keys
+  static constexpr int64_t kChunkVectors = 512 / L;  // of keys, whose logits stay in cache
 
   const U& u;
   BlockBias<U> bias;
@@ -25,6 +26,13 @@ struct Forward {
   // Per tile [2 * L]: of each row the largest logit so far, the sum of the weights and its
   // reciprocal, and what the latest chunk of keys multiplied earlier ones by.
   T *top, *sum, *inverse, *fading;
+
+  // Keys are taken in chunks of nearly equal size, one where they are few; in vectors.
+  int64_t chunks() const { return (u.vectors() + kChunkVectors - 1) / kChunkVectors; }
+  int64_t chunk_begin(int64_t i) const { return i * u.vectors() / chunks(); }
+  int64_t chunk_vectors() const { return (u.vectors() + chunks() - 1) / chunks(); }
+  int64_t stride() const { return u.stride(chunk_vectors()); }
+  int64_t factor_stride() const { return u.factor_stride(chunk_vectors()); }
 
   static int64_t blocks(const U& u) { return (u.tiles(u.args.tokens) + kTiles - 1) / kTiles; }
 
@@ -40,10 +48,10 @@ struct Forward {
     keys = arena.take<Elem>(u.transposed_size());
     values = arena.take<Elem>(u.values_size());
     queries = arena.take<Elem>(kTiles * R * u.stride_d());
-    scores = arena.take<T>(kTiles * R * u.stride());
-    weights = U::kPairs ? arena.take<Weight>(kTiles * R * u.stride()) : (Weight*)scores;
-    dropout = arena.take<T>(u.args.dropout_p > 0 ? (kTiles * R + 6) * u.factor_stride() : 0);
-    sums_out = arena.take<T>(u.chunks() > 1 ? kTiles * R * u.width_d() : 0);
+    scores = arena.take<T>(kTiles * R * stride());
+    weights = U::kPairs ? arena.take<Weight>(kTiles * R * stride()) : (Weight*)scores;
+    dropout = arena.take<T>(u.args.dropout_p > 0 ? (kTiles * R + 6) * factor_stride() : 0);
+    sums_out = arena.take<T>(chunks() > 1 ? kTiles * R * u.width_d() : 0);
     top = arena.take<T>(kTiles * 2 * L);
     sum = arena.take<T>(kTiles * 2 * L);
     inverse = arena.take<T>(kTiles * 2 * L);
@@ -63,7 +71,7 @@ struct Forward {
 
   // Logits of the block against vectors [first, last) of the keys.
   void score(int64_t tiles, int64_t first, int64_t last) const {
-    const int64_t stride = u.stride();
+    const int64_t stride = this->stride();
     for_columns<U::kColumns, 1>(last - first, [&](auto group, int64_t at) XATTN_LAMBDA_INLINE {
       constexpr int C = decltype(group)::value;
       for (int64_t r0 = 0; r0 < tiles * R; r0 += R) {
@@ -80,7 +88,7 @@ struct Forward {
 
   // From a tile's logits of one chunk to its weights; the first chunk starts the row's statistics.
   XATTN_MEMBER void softmax(int64_t tile, int64_t count, bool starts, const T* factors) const {
-    const int64_t stride = u.stride();
+    const int64_t stride = this->stride();
     T* s = scores + tile * R * stride;
     Weight* w = weights + tile * R * stride;
     T *top = this->top + tile * 2 * L, *sum = this->sum + tile * 2 * L;
@@ -109,7 +117,7 @@ struct Forward {
       for (int r = 0; r < R; ++r) {
         V e = U::exp2(load(s + r * stride + c) - splat(top[r]));
         rows[r] += e;
-        if (factors) e *= load(factors + r * u.factor_stride() + c);
+        if (factors) e *= load(factors + r * factor_stride() + c);
         store(w + r * stride + c, e);
       }
     }
@@ -124,23 +132,23 @@ struct Forward {
 
   void run(int64_t b, int64_t head, int64_t i0, int64_t rows) {
     const DigestArgs& a = u.args;
-    const int64_t tiles = u.tiles(rows), stride = u.stride(), chunks = u.chunks();
+    const int64_t tiles = u.tiles(rows), stride = this->stride(), chunks = this->chunks();
     const S* q = (const S*)a.qkv + b * a.qkv_stride[0] + i0 * a.qkv_stride[1] + head * u.d();
     S* out = (S*)a.out + (b * a.tokens + i0) * a.channels() + head * u.d();
     U::P::rows([&](int64_t t) XATTN_LAMBDA_INLINE { return q + t * a.qkv_stride[1]; }, rows,
                tiles * R, u.d(), u.stride_d(), queries);
     bias.set_block(i0, rows);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t first = u.chunk_begin(chunk), last = u.chunk_begin(chunk + 1);
+      const int64_t first = chunk_begin(chunk), last = chunk_begin(chunk + 1);
       const int64_t count = min_of(last * L, a.keys()) - first * L;
       if (a.dropout_p > 0) {
-        dropout_factors(a, index, b * a.heads + head, i0, rows, first * L, count, dropout,
-                        u.factor_stride());
+        dropout_factors(a, index, b * a.heads + head, i0, tiles * R, first * L, (last - first) * L,
+                        dropout, factor_stride());
       }
       score(tiles, first, last);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const T* factors =
-            a.dropout_p > 0 ? dropout + (i0 % 4 + tile * R) * u.factor_stride() : nullptr;
+            a.dropout_p > 0 ? dropout + (i0 % 4 + tile * R) * factor_stride() : nullptr;
         softmax(tile, last - first, chunk == 0, factors);
         const T *inverse = this->inverse + tile * 2 * L, *fading = this->fading + tile * 2 * L;
         const int64_t left = rows - tile * R;

@@ -35,29 +35,20 @@ struct Unit {
 #else
   static constexpr int kRows = 4, kColumns = 3, kKeyRows = 4;
 #endif
-  // Vectors of keys come in groups of this many, so that sums over queries find kKeyRows of them.
-  static constexpr int kGroup = kKeyRows > L ? kKeyRows / L : 1;
-  static constexpr int64_t kChunkGroups = 512 / (kGroup * L);
-
   const DigestArgs& args;
 
   int64_t d() const { return kHeadDim ? kHeadDim : args.head_dim; }
   int64_t steps_d() const { return (d() + kStep - 1) / kStep; }  // inner steps over channels
   int64_t stride_d() const { return round_up(steps_d(), L); }    // row of Elems
   int64_t width_d() const { return round_up(d(), L); }           // row of channels
-  int64_t groups() const { return (args.keys() + kGroup * L - 1) / (kGroup * L); }
-  int64_t vectors() const { return groups() * kGroup; }  // of keys
+  // Of keys; enough to give sums over queries whole tiles of kKeyRows keys.
+  int64_t vectors() const { return round_up(args.keys(), max_of(L, kKeyRows)) / L; }
   int64_t tiles(int64_t queries) const { return (queries + kRows - 1) / kRows; }
-
-  // Keys are taken in chunks of nearly equal size, one where they are few; in vectors.
-  int64_t chunks() const { return (groups() + kChunkGroups - 1) / kChunkGroups; }
-  int64_t chunk_begin(int64_t i) const { return i * groups() / chunks() * kGroup; }
-  int64_t chunk_vectors() const { return (groups() + chunks() - 1) / chunks() * kGroup; }
-  // A row of logits or weights; an odd number of vectors, so that rows do not share cache sets.
-  int64_t stride() const { return (chunk_vectors() | 1) * L; }
-  // A row of dropout factors, which come as vectors of floats whatever T is.
-  int64_t factor_stride() const { return round_up(chunk_vectors() * L, Lanes<float>::n); }
-  int64_t index_size() const { return round_up(args.keys(), L) + Lanes<float>::n; }
+  // Rows of logits or weights, and of dropout factors, which come as vectors of floats whatever T
+  // is. An odd number of vectors keeps rows apart in the sets of a cache.
+  static int64_t stride(int64_t vectors) { return (vectors | 1) * L; }
+  static int64_t factor_stride(int64_t vectors) { return round_up(vectors * L, Lanes<float>::n); }
+  int64_t index_size() const { return vectors() * L + Lanes<float>::n; }
   int64_t transposed_size() const { return vectors() * steps_d() * L; }
   int64_t values_size() const { return vectors() * L / kStep * width_d(); }
 

@@ -36,6 +36,18 @@ SMALL_MATRIX = {
         "no_bias",
         "dropout",
     ],
+    "digest": [
+        "cabvit_stage4",
+        "prefix_2",
+        "nothing",
+        "one_token_one_digest",
+        "tall_37x2",
+        "two_chunks",
+        "split_queries",
+        "head_dim_33",
+        "dropout_prefix",
+        "dropout_two_chunks",
+    ],
 }
 
 

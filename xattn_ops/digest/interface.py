@@ -109,12 +109,14 @@ class _DigestAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, seed, ctx.options = inputs
-        ctx.save_for_backward(*tensors, *output, seed)
+        ctx.save_for_backward(*tensors, output[1], seed)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 6
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
         grads = backward_once(torch.ops.xattn_ops.digest_bwd, *args)
         wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
@@ -187,7 +189,7 @@ register(
 )
 register(
     "digest_bwd",
-    batched=("grad_out", "qkv", "digest_kv", "out", "row_stats"),
+    batched=("grad_out", "qkv", "digest_kv", "row_stats"),
     returns_batched=(True, True, False, False),
     keep_dtype=("row_stats",),
     fake=lambda grad, *tensors: tuple(
