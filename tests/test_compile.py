@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import cpsa, ipsa
+from support import cpsa, digest, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
+    OF_ONE_SIZE,
     OPERATORS,
     WITH_DROPOUT,
     assert_same,
@@ -70,21 +71,26 @@ def test_compile_with_dropout(op: str, backend: str) -> None:
     assert all(t.grad is not None for t in tensors.values())
 
 
+OF_SIZE = {  # a case of any batch, rows and columns
+    "ipsa": lambda B, H, W: ipsa.ipsa(B, H, W, 2, 4, (2, 3)),
+    "cpsa": lambda B, H, W: cpsa.cpsa(B, H, W, 8, (2, 3)),
+    "digest": lambda B, H, W: digest.digest(B, (H, W), 2, 4, M=H + 3, prefix=1),
+}
+
+
 @native
 @pytest.mark.usefixtures("fresh_compiler")
 @operators
 def test_compile_dynamic_shapes(op: str) -> None:
     """One graph for any batch and any map."""
-    compiled = torch.compile(OPERATORS[op].function, fullgraph=True, backend="aot_eager")
-    for sizes, stance in [((3, 9, 7), "default"), ((5, 4, 12), "fail_on_recompile")]:
-        make = {"ipsa": ipsa.ipsa(*sizes, 2, 4, (2, 3)), "cpsa": cpsa.cpsa(*sizes, 8, (2, 3))}
-        case = make[op]
+    function = OPERATORS[op].function
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes, stance in [((7, 9, 11), "default"), ((5, 4, 12), "fail_on_recompile")]:
+        case = OF_SIZE[op](*sizes)
         tensors = {
             name: t.detach().contiguous().requires_grad_()
             for name, t in case.tensors(torch.float32).items()
         }
-        for axis in range(3):
-            torch._dynamo.mark_dynamic(next(iter(tensors.values())), axis)
         grad_out = case.grad_out(torch.float32)
         with torch.compiler.set_stance(stance):
             got = run(compiled, tensors, grad_out, backend="cpu", **case.options)
@@ -128,7 +134,8 @@ def test_export(op: str, strict: bool) -> None:
 @operators
 def test_export_dynamic_shapes(op: str) -> None:
     module = MODULES[op]().eval()
-    sizes = {axis: torch.export.Dim(name) for axis, name in enumerate(["batch", "rows", "columns"])}
+    names = ["batch"] if op in OF_ONE_SIZE else ["batch", "rows", "columns"]
+    sizes = {axis: torch.export.Dim(name) for axis, name in enumerate(names)}
     program = torch.export.export(module, (torch.randn(2, 5, 8, 8),), dynamic_shapes=(sizes,))
-    x = torch.randn(3, 7, 13, 8)
+    x = torch.randn(3, 5, 8, 8) if op in OF_ONE_SIZE else torch.randn(3, 7, 13, 8)
     torch.testing.assert_close(program.module()(x), module(x))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import cpsa, ipsa
+from support import cpsa, digest, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
@@ -23,55 +23,86 @@ from support.operators import (
     positional,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 # --------------------------------------------------------------------------------------- leaf ops
 
 
-def leaf_arguments(op: str, dropout: bool) -> tuple[list[Tensor], list[Any]]:
-    """Tensors and sizes of the leaf op, as the interface would pass them."""
-    case = OPERATORS[op]
-    tensors = list(case.tensors(torch.float32, requires_grad=False).values())
-    p, seed = (0.4, torch.tensor(9)) if dropout else (0.0, None)
-    sizes = {"ipsa": [2, 2, 3, 1, 2, 0.5, p], "cpsa": [2, 3, 1, 0.1, p]}[op]
-    return tensors, [seed, *sizes]
+SIZES: dict[str, list[Any]] = {  # what follows the tensors of a leaf op
+    "ipsa": [None, 2, 2, 3, 1, 2, 0.5, 0.0],
+    "ipsa_dropout": [torch.tensor(9), 2, 2, 3, 1, 2, 0.5, 0.4],
+    "cpsa": [None, 2, 3, 1, 0.1, 0.0],
+    "cpsa_dropout": [torch.tensor(9), 2, 3, 1, 0.1, 0.4],
+    "digest": [None, 2, 3, 5, 1, 0.5, 0.0],
+    "digest_dropout": [torch.tensor(9), 2, 3, 5, 1, 0.5, 0.4],
+}
+
+
+def leaf_arguments(kind: str) -> tuple[str, list[Tensor], list[Any]]:
+    """The leaf op's name, its tensors and its sizes, as the interface would pass them."""
+    op = kind.split("_")[0]
+    tensors = list(OPERATORS[op].tensors(torch.float32, requires_grad=False).values())
+    return op, tensors, SIZES[kind]
+
+
+def backward_arguments(op: str, tensors: list[Any], sizes: list[Any]) -> list[Any]:
+    """grad_out, the forward's tensors, what the forward made for the backward, and the sizes."""
+    made = getattr(torch.ops.xattn_ops, f"{op}_fwd")(*tensors, *sizes)
+    kept = made[1:] if isinstance(made, tuple) else ()
+    return [OPERATORS[op].grad_out(torch.float32), *tensors, *kept, *sizes]
 
 
 @native
-@operators
-@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
-def test_opcheck(op: str, dropout: bool) -> None:
-    tensors, rest = leaf_arguments(op, dropout)
+@pytest.mark.parametrize("kind", list(SIZES))
+def test_opcheck(kind: str) -> None:
+    op, tensors, sizes = leaf_arguments(kind)
     forward, backward = (getattr(torch.ops.xattn_ops, f"{op}_{way}") for way in ("fwd", "bwd"))
-    torch.library.opcheck(forward.default, (*tensors, *rest))
-    grad_out = OPERATORS[op].grad_out(torch.float32)
-    torch.library.opcheck(backward.default, (grad_out, *tensors, *rest))
+    torch.library.opcheck(forward.default, (*tensors, *sizes))
+    torch.library.opcheck(backward.default, backward_arguments(op, tensors, sizes))
 
 
 @native
 @pytest.mark.parametrize(
     ("op", "absent"),
-    [("ipsa", (1,)), ("ipsa", (2,)), ("ipsa", (1, 2)), ("cpsa", (2,)), ("cpsa", (2, 4))],
+    [
+        ("ipsa", (1,)),
+        ("ipsa", (2,)),
+        ("ipsa", (1, 2)),
+        ("cpsa", (2,)),
+        ("cpsa", (2, 4)),
+        ("digest", (2,)),
+        ("digest", (3,)),
+        ("digest", (1, 3)),
+        ("digest", (1, 2, 3)),
+    ],
 )
 def test_opcheck_without_optional_tensors(op: str, absent: tuple[int, ...]) -> None:
-    tensors, rest = leaf_arguments(op, dropout=False)
+    _, tensors, sizes = leaf_arguments(op)
     given = [None if i in absent else t for i, t in enumerate(tensors)]
     backward = getattr(torch.ops.xattn_ops, f"{op}_bwd").default
-    grad_out = OPERATORS[op].grad_out(torch.float32)
-    torch.library.opcheck(backward, (grad_out, *given, *rest))
-    grads = backward(grad_out, *given, *rest)
+    arguments = backward_arguments(op, given, sizes)
+    torch.library.opcheck(backward, arguments)
+    grads = backward(*arguments)
     assert [i for i, grad in enumerate(grads) if grad.numel() == 0] == list(absent)
 
 
 @native
 @operators
-def test_leaf_op_casts_under_autocast(op: str) -> None:
-    tensors, rest = leaf_arguments(op, dropout=False)
-    forward = getattr(torch.ops.xattn_ops, f"{op}_fwd")
+def test_leaf_ops_cast_under_autocast(op: str) -> None:
+    """All but what the forward made for the backward, which is in float32 anyway."""
+    _, tensors, sizes = leaf_arguments(op)
+    cast = [t.bfloat16() for t in tensors]
+    forward, backward = (getattr(torch.ops.xattn_ops, f"{op}_{way}") for way in ("fwd", "bwd"))
+    grad_out, *rest = backward_arguments(op, cast, sizes)
+    wide = [grad_out, *tensors, *rest[len(tensors) :]]
     with torch.autocast("cpu", torch.bfloat16):
-        got = forward(*tensors, *rest)
-    assert torch.equal(got, forward(*(t.bfloat16() for t in tensors), *rest))
+        got = [forward(*tensors, *sizes), backward(*wide)]
+    want = [forward(*cast, *sizes), backward(grad_out.bfloat16(), *rest)]
+    for one, other in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 # --------------------------------------------------------------------------------------- autograd
@@ -97,6 +128,10 @@ def test_second_derivative_of_the_reference(op: str) -> None:
     assert tensors[0].grad.abs().max() > 0
 
 
+# digest_attention keeps the largest logit and the sum of each softmax row
+KEPT = {"digest": [2 * 2 * 16 * 2]}
+
+
 @native
 @operators
 def test_only_inputs_are_saved(op: str) -> None:
@@ -105,12 +140,14 @@ def test_only_inputs_are_saved(op: str) -> None:
     tensors = case.tensors(torch.float32)
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.data_ptr())
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         case.function(**tensors, **case.options, backend="cpu")
-    assert set(saved) == {t.data_ptr() for t in tensors.values()}
+    inputs = {t.data_ptr() for t in tensors.values()}
+    assert [t.numel() for t in saved if t.data_ptr() not in inputs] == KEPT.get(op, [])
+    assert {t.data_ptr() for t in saved} >= inputs
 
 
 @operators
@@ -157,6 +194,8 @@ def test_checkpoint_recomputes_the_same_dropout(op: str, backend: str) -> None:
             2 * 54 * (11 * 36 + 6 * 54),
             id="cpsa",
         ),
+        # 2 images x 16 tokens x 19 keys x 8 channels; 2 products, then 5
+        pytest.param(digest.SMALL, 4 * 2 * 16 * 19 * 8, 10 * 2 * 16 * 19 * 8, id="digest"),
     ],
 )
 def test_flops(case: Case, forward: int, backward: int) -> None:
@@ -176,6 +215,8 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
     [
         pytest.param(ipsa.ipsa(2, 8, 9, 2, 4, (4, 3)), id="ipsa"),
         pytest.param(cpsa.cpsa(2, 8, 9, 3, (4, 3)), id="cpsa"),
+        pytest.param(digest.SMALL, id="digest"),
+        pytest.param(digest.digest(2, (3, 5), 2, 4), id="digest_without_digests"),
     ],
 )
 def test_flops_are_those_of_the_reference(case: Case) -> None:

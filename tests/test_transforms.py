@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import digest
 from support.cases import Case, native
 from support.operators import (
     MODULES,
@@ -50,6 +51,11 @@ MAPPED = [
     pytest.param("cpsa", ["x"], id="cpsa_activation"),
     pytest.param("cpsa", ["proj_weight", "qkv_bias"], id="cpsa_weights"),
     pytest.param("cpsa", ["x", "qkv_weight"], id="cpsa_both"),
+    pytest.param("digest", ["qkv"], id="digest_activation"),
+    pytest.param("digest", ["digest_kv"], id="digest_other_activation"),
+    pytest.param("digest", ["qkv", "digest_kv"], id="digest_activations"),
+    pytest.param("digest", ["bias_table", "digest_bias"], id="digest_weights"),
+    pytest.param("digest", ["qkv", "digest_kv", "digest_bias"], id="digest_both"),
 ]
 
 
@@ -86,6 +92,15 @@ def test_vmap_twice(op: str, backend: str) -> None:
     got = torch.vmap(torch.vmap(function, dims), dims)(grid, *weights)
     want = torch.stack([function(x, *weights) for x in grid.flatten(0, 1)])
     torch.testing.assert_close(got.flatten(0, 1), want)
+
+
+@backends
+def test_vmap_without_digests(backend: str) -> None:
+    case = digest.digest(2, (3, 5), 2, 4)
+    function, _ = positional(case, backend=backend)
+    tensors, dims = mapped(case, ["qkv"])
+    got = torch.vmap(function, tuple(dims))(*tensors)
+    torch.testing.assert_close(got, by_loop(function, tensors, dims))
 
 
 @native
@@ -144,6 +159,21 @@ def test_autocast(op: str, backend: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, want)
     out.float().sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+
+
+@operators
+@backends
+def test_autocast_around_the_backward(op: str, backend: str) -> None:
+    """A loss differentiated inside the region: the gradients are those of outside."""
+    case = OPERATORS[op]
+    tensors = case.tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.function(**tensors, **case.options, backend=backend)
+        grad_out = case.grad_out(out.dtype)
+        inside = torch.autograd.grad(out, list(tensors.values()), grad_out, retain_graph=True)
+    outside = torch.autograd.grad(out, list(tensors.values()), grad_out)
+    for one, other in zip(inside, outside, strict=True):
+        assert torch.equal(one, other)
 
 
 @operators

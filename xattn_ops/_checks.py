@@ -85,6 +85,18 @@ def tensor(
         )
 
 
+def token_grid(name: str, value: Tensor, grid: Any, num_prefix_tokens: Any) -> tuple[int, int]:
+    """Rows and columns of an activation [B, num_prefix_tokens + rows * columns, channels]."""
+    rows, columns = pair("grid", grid, 1)
+    prefix = integer("num_prefix_tokens", num_prefix_tokens, 0)
+    if value.shape[1] != prefix + rows * columns:
+        raise ValueError(
+            f"{name} must have num_prefix_tokens + rows * columns tokens, "
+            f"{prefix} + {rows} * {columns} = {prefix + rows * columns}, got {value.shape[1]}"
+        )
+    return rows, columns
+
+
 def integer(name: str, value: Any, low: int) -> Any:
     """An int of at least `low`; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -6,6 +6,8 @@ All leaf ops follow one convention, from which the rules below are derived:
 - an argument is batched (its first axis is the batch) or a weight, shared by the whole batch;
 - a return is batched, or the gradient of a weight, summed over the batch, empty where the weight
   was None;
+- a batched return may be there for the backward op alone, in a type wide enough for sums, whatever
+  the dtype of the rest: autocast leaves such an argument as it is;
 - `seed`, where given, numbers the attention matrices through the whole batch for dropout.
 """
 
@@ -39,22 +41,23 @@ def register(
     *,
     batched: Sequence[str],
     returns_batched: Sequence[bool] = (True,),
-    keep_dtype: Sequence[str] = (),
     fake: Callable[..., Any],
     flops: Callable[..., int],
+    wide: Sequence[str] = (),
 ) -> None:
     """Give the op `name` its fake kernel and its vmap, autocast, FLOP and sharding rules.
 
     batched: the names of its batched arguments. returns_batched: the same of its returns, in
-    order. keep_dtype: the names of arguments that autocast leaves alone. fake: its arguments -> empty outputs. flops: its arguments, shapes in place of tensors
-    -> floating-point operations, 2 to a multiply-add. Does nothing where the op does not exist.
+    order. fake: its arguments -> empty outputs. flops: its arguments, shapes in place of tensors
+    -> floating-point operations, 2 to a multiply-add. wide: the names of the arguments that the
+    forward op made for this one. Does nothing where the op does not exist.
     """
     if missing(name):
         return
     packet = getattr(torch.ops.xattn_ops, name)
     torch.library.register_fake(f"xattn_ops::{name}", fake, lib=_LIBRARY)
     _register_vmap(packet.default, batched, returns_batched)
-    _register_autocast(packet.default, name, positions(packet.default, keep_dtype))
+    _register_autocast(packet.default, name, wide)
     register_flop_formula(packet)(lambda *args, out_shape=None, **_: flops(*args))
     if torch.distributed.is_available():
         _register_sharding(packet.default, batched, returns_batched)
@@ -210,8 +213,9 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def _register_autocast(op: torch._ops.OpOverload, name: str, kept: Sequence[int]) -> None:
-    """The same rule for who calls the leaf op itself, but for the arguments at places `kept`."""
+def _register_autocast(op: torch._ops.OpOverload, name: str, wide: Sequence[str]) -> None:
+    """The same rule for who calls the leaf op itself."""
+    kept = positions(op, wide)
     for device in ("CPU", "CUDA"):
 
         def rule(*args: Any, device: str = device.lower()) -> Any:

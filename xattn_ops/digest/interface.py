@@ -137,15 +137,9 @@ def _plan(
 ) -> tuple[str, tuple[Any, ...]]:
     """The backend and the leaf ops' options for arguments that pass every check."""
     _checks.tensor("qkv", qkv, "[B, N, 3C]")
-    B, N, C3 = qkv.shape
+    B, _, C3 = qkv.shape
     head_dim = _checks.head_dim("qkv", qkv, 3, num_heads)
-    gh, gw = _checks.pair("grid", grid, 1)
-    _checks.integer("num_prefix_tokens", num_prefix_tokens, 0)
-    if N != num_prefix_tokens + gh * gw:
-        raise ValueError(
-            f"qkv must have num_prefix_tokens + gh * gw = {num_prefix_tokens} + {gh} * {gw} "
-            f"tokens, got {N}"
-        )
+    gh, gw = _checks.token_grid("qkv", qkv, grid, num_prefix_tokens)
     like = ("qkv", qkv)
     M = 0
     if digest_kv is not None:
@@ -191,10 +185,10 @@ register(
     "digest_bwd",
     batched=("grad_out", "qkv", "digest_kv", "row_stats"),
     returns_batched=(True, True, False, False),
-    keep_dtype=("row_stats",),
     fake=lambda grad, *tensors: tuple(
         grad.new_empty(0 if t is None else t.shape) for t in tensors[:4]
     ),
     # the scores again and four products, as torch counts the backward of SDPA
     flops=lambda grad, qkv, digest_kv, *_: 2 * 5 * _macs(qkv, digest_kv),
+    wide=("row_stats",),
 )
