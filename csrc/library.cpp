@@ -35,11 +35,13 @@ STABLE_TORCH_LIBRARY(xattn_ops, m) {
       "Tensor grad_qkv_bias, Tensor grad_proj_weight, Tensor grad_proj_bias)");
   m.def(
       "digest_fwd(Tensor qkv, Tensor? digest_kv, Tensor? bias_table, Tensor? digest_bias, "
-      "Tensor? seed, int num_heads, int grid_h, int grid_w, int num_prefix_tokens, float scale, "
+      "Tensor? seed, int num_heads, SymInt grid_h, SymInt grid_w, int num_prefix_tokens, float "
+      "scale, "
       "float dropout_p) -> (Tensor out, Tensor row_stats)");
   m.def(
       "digest_bwd(Tensor grad_out, Tensor qkv, Tensor? digest_kv, Tensor? bias_table, "
-      "Tensor? digest_bias, Tensor row_stats, Tensor? seed, int num_heads, int grid_h, int grid_w, "
+      "Tensor? digest_bias, Tensor row_stats, Tensor? seed, int num_heads, SymInt grid_h, SymInt "
+      "grid_w, "
       "int num_prefix_tokens, float scale, float dropout_p) -> (Tensor grad_qkv, "
       "Tensor grad_digest_kv, Tensor grad_bias_table, Tensor grad_digest_bias)");
 }

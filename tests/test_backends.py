@@ -14,7 +14,7 @@ import xattn_ops
 from xattn_ops import _backend, _library, available_backends, explain, inner_patch_attention
 from xattn_ops._dropout import draw_seed, keep_mask, philox
 
-FUNCTIONS = ["inner_patch_attention", "cross_patch_attention"]
+FUNCTIONS = ["inner_patch_attention", "cross_patch_attention", "digest_attention"]
 functions = pytest.mark.parametrize("function", FUNCTIONS)
 
 

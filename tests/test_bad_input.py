@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cases import DENSE, wrong
 from support.cpsa import SMALL as CPSA
 from support.ipsa import SMALL as IPSA
 
@@ -17,13 +18,7 @@ from xattn_ops import (
     inner_patch_attention,
 )
 
-
-def wrong(id: str, error: type[Exception], message: str, **arguments: Any) -> Any:
-    return pytest.param(arguments, error, message, id=id)
-
-
 f32, f64 = torch.float32, torch.float64
-DENSE = "float32, bfloat16, float16 or float64"
 
 IPSA_CASES = [
     wrong("list", TypeError, "qkv must be a tensor [B, H, W, 3C], got list", qkv=[1.0]),

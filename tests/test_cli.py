@@ -33,6 +33,7 @@ def test_info_names_versions_backends_and_what_is_missing(capsys):
     assert "reference: yes" in out
     assert "inner_patch_attention on cpu, float32: " in out
     assert "cross_patch_attention on cpu, float32: " in out
+    assert "digest_attention on cpu, float32: " in out
     assert ("CUDA: none" in out) or ("CUDA " in out)
 
 

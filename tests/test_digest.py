@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import BACKENDS, DTYPES, Case, native, run
 from support.digest import CASES, DROPOUT, SMALL, digest
-from support.isa import ISAS, ONE_THREAD, check_isa
+from support.isa import ISAS, check_isa
 from support.oracle import check_against_float64
 from torch import Tensor
 
@@ -368,9 +368,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
 def test_memory_is_linear_in_the_tokens() -> None:
     """At 64 x 64 tokens a single matrix of weights would take 64 MiB a head."""
-    ran = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
-    )
+    ran = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     kib = int(ran.stdout) // (1024 if sys.platform == "darwin" else 1)
     assert kib < 32 * 1024
 

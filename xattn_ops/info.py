@@ -15,6 +15,7 @@ from xattn_ops import (
     _linear,
     available_backends,
     cross_patch_attention,
+    digest_attention,
     explain,
     inner_patch_attention,
 )
@@ -91,6 +92,7 @@ def _samples(device: str) -> list[tuple[Callable[..., Any], tuple[Any, ...], dic
     return [
         (inner_patch_attention, (qkv,), {"num_heads": 1}),
         (cross_patch_attention, (x, wide, None, narrow, None), {}),
+        (digest_attention, (qkv[:, 0],), {"num_heads": 1, "grid": (1, 7)}),
     ]
 
 

@@ -16,6 +16,7 @@ from xattn_ops import _library
 # A build without kernels is a supported installation; test_backends.py fails where they should be.
 native = pytest.mark.skipif(not _library.NATIVE, reason=f"no CPU kernels: {_library.REASON}")
 BACKENDS = ["reference", "cpu"] if _library.NATIVE else ["reference"]
+DENSE = "float32, bfloat16, float16 or float64"  # as messages put it
 DTYPES = [
     pytest.param(torch.float32, id="f32"),
     pytest.param(torch.bfloat16, id="bf16"),
@@ -58,6 +59,11 @@ def sliced(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     whole = torch.randn([size + 2 for size in shape], generator=generator).bfloat16().to(dtype)
     return whole[tuple(slice(1, size + 1) for size in shape)].detach()
+
+
+def wrong(id: str, error: type[Exception], message: str, **arguments: Any) -> Any:
+    """Arguments that a function must refuse, and what it must say."""
+    return pytest.param(arguments, error, message, id=id)
 
 
 def run(

@@ -36,8 +36,8 @@ def digest_attention(
 ) -> Tensor:
     """Attention of an image's tokens over themselves and the digest tokens of earlier blocks.
 
-    out = softmax(scale * q [k, dk]^T + bias) [v, dv] in each head (CabViT, Zhang et al. 2022, 3.1,
-    eq. 1-4). Tokens and digests are read where they lie: they are not concatenated, the bias is
+    out = softmax(scale * q [k, dk]^T + bias) [v, dv] in each head (CabViT, Zhang et al., 3.1, eq.
+    1-4). Tokens and digests are read where they lie: they are not concatenated, the bias is
     looked up, no matrix of weights is ever stored.
 
     Args:
@@ -145,8 +145,8 @@ def _plan(
     if digest_kv is not None:
         _checks.tensor("digest_kv", digest_kv, "[B, M, 2C]", like=like)
         M = digest_kv.shape[1]
-        sizes = (B, M, C3 // 3 * 2)
-        _checks.tensor("digest_kv", digest_kv, "[B, M, 2C]", sizes=sizes, like=like)
+        kv_sizes = (B, M, C3 // 3 * 2)
+        _checks.tensor("digest_kv", digest_kv, "[B, M, 2C]", sizes=kv_sizes, like=like)
     if bias_table is not None:
         sizes, layout = (num_heads, gh * gw), "[num_heads, gh * gw]"
         _checks.tensor("bias_table", bias_table, layout, sizes=sizes, like=like)
