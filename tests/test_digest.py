@@ -409,7 +409,7 @@ def test_random_cases(case: Case, dtype: torch.dtype) -> None:
 
 
 @native
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS, "avx512_bf16"])
 def test_every_isa(isa: str) -> None:
     check_isa("digest", isa)
 

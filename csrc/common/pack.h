@@ -37,11 +37,12 @@ struct Pack {
     for (int64_t i = count * stride; i < padded * stride; i += L) store(out + i, vec<Elem>{});
   }
 
-  // out[t / L][step][t % L] = element `step` of row t: lanes are rows, L of them lie together; the
-  // last vector of rows is filled with zeros.
+  // out[t / L][step][t % L] = element `step` of row t: lanes are rows, L of them lie together. Rows
+  // [count, padded) are zero; `padded` is a multiple of L.
   template <class Row>
-  static XATTN_MEMBER void transposed(Row row, int64_t count, int64_t d, int64_t steps, Elem* out) {
-    for (int64_t t = 0; t < count; t += L, out += steps * L) {
+  static XATTN_MEMBER void transposed(Row row, int64_t count, int64_t padded, int64_t d,
+                                      int64_t steps, Elem* out) {
+    for (int64_t t = 0; t < padded; t += L, out += steps * L) {
       const S* from[L];
       for (int i = 0; i < L; ++i) from[i] = row(min_of(t + i, count - 1));
       for (int64_t c = 0; c * L < steps; ++c) {

@@ -78,10 +78,10 @@ struct Backward {
     const auto v = key_rows<S>(u.args, index, b, head, 1);
     const auto key = [&](int64_t i) XATTN_LAMBDA_INLINE { return k.row(i); };
     const auto value = [&](int64_t i) XATTN_LAMBDA_INLINE { return v.row(i); };
-    const int64_t count = u.args.keys();
-    U::P::transposed(key, count, u.d(), u.steps_d(), keys);
-    U::P::transposed(value, count, u.d(), u.steps_d(), values);
-    U::P::values(key, count, u.vectors() * L, u.d(), u.width_d(), key_values);
+    const int64_t count = u.args.keys(), padded = u.vectors() * L;
+    U::P::transposed(key, count, padded, u.d(), u.steps_d(), keys);
+    U::P::transposed(value, count, padded, u.d(), u.steps_d(), values);
+    U::P::values(key, count, padded, u.d(), u.width_d(), key_values);
     bias.set_head(head);
   }
 
@@ -187,9 +187,32 @@ struct Backward {
     }
   }
 
+  // P and g of the block.
+  void score(int64_t tiles, const T* factors) const {
+    for_columns<U::kColumns, 1>(u.vectors(), [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
+      for (int64_t r0 = 0; r0 < tiles * R; r0 += R) {
+        weights<decltype(group)::value>(r0, first, factors);
+      }
+    });
+  }
+
+  void write_query_gradients(int64_t b, int64_t head, int64_t i0, int64_t rows) const {
+    const DigestArgs& a = u.args;
+    const int64_t stride = u.stride(u.vectors());
+    S* out = (S*)a.grad_qkv + (b * a.tokens + i0) * 3 * a.channels() + head * u.d();
+    for (int64_t r0 = 0; r0 < rows; r0 += R) {
+      u.template weighted_sum<R>(
+          (const Elem*)(ds_rows + r0 * stride), stride / U::kStep, 1, key_values,
+          (a.keys() + U::kStep - 1) / U::kStep, [&](int r, int64_t c, V value) XATTN_LAMBDA_INLINE {
+            if (r0 + r >= rows) return;
+            store_n(out + (r0 + r) * 3 * a.channels() + c, value * T(a.scale), u.d() - c);
+          });
+    }
+  }
+
   void run_block(int64_t b, int64_t head, int64_t i0, int64_t rows, bool starts, T* sums) {
     const DigestArgs& a = u.args;
-    const int64_t tiles = u.tiles(rows), stride = u.stride(u.vectors());
+    const int64_t tiles = u.tiles(rows);
     set_block(b, head, i0, rows);
     const T* factors = nullptr;
     if (a.dropout_p > 0) {
@@ -198,22 +221,10 @@ struct Backward {
                       factor_stride);
       factors = dropout + i0 % 4 * factor_stride;
     }
-    for_columns<U::kColumns, 1>(u.vectors(), [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
-      for (int64_t r0 = 0; r0 < tiles * R; r0 += R) {
-        weights<decltype(group)::value>(r0, first, factors);
-      }
-    });
+    score(tiles, factors);
     for (int64_t r0 = 0; r0 < tiles * R; r0 += R) score_gradients(r0, factors);
-    bias_gradient.add(ds, stride, i0, rows);
-    S* grad_q = (S*)a.grad_qkv + (b * a.tokens + i0) * 3 * a.channels() + head * u.d();
-    for (int64_t r0 = 0; r0 < tiles * R; r0 += R) {
-      u.template weighted_sum<R>(
-          (const Elem*)(ds_rows + r0 * stride), stride / U::kStep, 1, key_values,
-          (a.keys() + U::kStep - 1) / U::kStep, [&](int r, int64_t c, V value) XATTN_LAMBDA_INLINE {
-            if (r0 + r >= rows) return;
-            store_n(grad_q + (r0 + r) * 3 * a.channels() + c, value * T(a.scale), u.d() - c);
-          });
-    }
+    bias_gradient.add(ds, u.stride(u.vectors()), i0, rows);
+    write_query_gradients(b, head, i0, rows);
     add_key_sums(ds_steps, query_steps, tiles * R, starts, sums);
     add_key_sums(p_steps, grad_steps, tiles * R, starts, sums + key_part_size(u) / 2);
   }

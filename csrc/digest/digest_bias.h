@@ -91,18 +91,19 @@ struct BlockBias {
   void set_block(int64_t i0, int64_t rows) {
     const DigestArgs& a = u.args;
     const int64_t h = a.grid_h, w = a.grid_w;
-    int64_t y = -1;
-    T* line = lines - line_size();
+    const T* line = nullptr;
+    int64_t slot = 0, x = w;  // of the next patch; x = w before the first and at the end of a line
     for (int64_t r = 0; r < most_rows; ++r) {
       const int64_t patch = i0 + r - a.prefix;
       row[r] = zeros;
       if (r < rows && patch >= 0 && a.bias_table) {
-        if (patch / w != y) {
-          y = patch / w;
-          line += line_size();
-          fill_line(y, line);
+        if (x == w) {
+          T* next = lines + slot++ * line_size();
+          fill_line(patch / w, next);
+          line = next;
+          x = patch % w;
         }
-        row[r] = line + (w - 1 - patch % w) * h;
+        row[r] = line + (w - 1 - x++) * h;
       }
       const auto of_patches = first_lanes(load(row[r] + whole() * L), a.patches() - whole() * L);
       store(straddle + r * L, of_patches + load(rest + whole() * L));
@@ -159,10 +160,12 @@ struct BiasGradient {
   // ds: [rows][stride] of queries [i0, i0 + rows).
   void add(const T* ds, int64_t stride, int64_t i0, int64_t rows) {
     const DigestArgs& a = u.args;
-    if (a.table_parts) {
-      for (int64_t r = max_of<int64_t>(0, a.prefix - i0); r < rows; ++r) {
-        add_row(ds + r * stride, i0 + r - a.prefix);
-      }
+    int64_t r = a.table_parts ? max_of<int64_t>(0, a.prefix - i0) : rows;
+    while (r < rows) {
+      const int64_t patch = i0 + r - a.prefix, x = patch % a.grid_w;
+      const int64_t count = min_of(rows - r, a.grid_w - x);
+      add_grid_row(ds + r * stride, stride, patch / a.grid_w, x, x + count);
+      r += count;
     }
     if (!a.digest_parts) return;
     for (int64_t m = 0; m < a.digests; m += L) {
@@ -171,14 +174,20 @@ struct BiasGradient {
       store(digests + m, load(digests + m) + sum);
     }
   }
-  // One query's row `ds`, by key.
-  XATTN_MEMBER void add_row(const T* ds, int64_t patch) {
-    const int64_t h = u.args.grid_h, stride = Mirror::stride(u.args, L);
-    const int64_t y = patch / u.args.grid_w, x = patch % u.args.grid_w;
-    for (int64_t kx = 0; kx < u.args.grid_w; ++kx, ds += h) {
-      T* bins = mirror + (kx < x ? x - kx : kx - x) * stride + h - 1 - y;
+  // Queries (y, [x0, x1)). All that one bin gets from them is added up in registers.
+  XATTN_MEMBER void add_grid_row(const T* ds, int64_t stride, int64_t y, int64_t x0, int64_t x1) {
+    const int64_t h = u.args.grid_h, w = u.args.grid_w;
+    for (int64_t dx = 0; dx < w; ++dx) {
       for (int64_t ky = 0; ky < h; ky += L) {
-        store(bins + ky, load(bins + ky) + first_lanes(load(ds + ky), h - ky));
+        vec<T> left{}, right{};  // keys in columns x - dx and x + dx
+        for (int64_t x = max_of(x0, dx); x < x1; ++x) {
+          left += load(ds + (x - x0) * stride + (x - dx) * h + ky);
+        }
+        for (int64_t x = x0; dx > 0 && x < min_of(x1, w - dx); ++x) {
+          right += load(ds + (x - x0) * stride + (x + dx) * h + ky);
+        }
+        T* bins = mirror + dx * Mirror::stride(u.args, L) + h - 1 - y + ky;
+        store(bins, load(bins) + first_lanes(left + right, h - ky));
       }
     }
   }

@@ -61,11 +61,11 @@ struct Forward {
   void set_unit(int64_t b, int64_t head) {
     const auto k = key_rows<S>(u.args, index, b, head, 0);
     const auto v = key_rows<S>(u.args, index, b, head, 1);
-    const int64_t count = u.args.keys();
-    U::P::transposed([&](int64_t i) XATTN_LAMBDA_INLINE { return k.row(i); }, count, u.d(),
+    const int64_t count = u.args.keys(), padded = u.vectors() * L;
+    U::P::transposed([&](int64_t i) XATTN_LAMBDA_INLINE { return k.row(i); }, count, padded, u.d(),
                      u.steps_d(), keys);
-    U::P::values([&](int64_t i) XATTN_LAMBDA_INLINE { return v.row(i); }, count, u.vectors() * L,
-                 u.d(), u.width_d(), values);
+    U::P::values([&](int64_t i) XATTN_LAMBDA_INLINE { return v.row(i); }, count, padded, u.d(),
+                 u.width_d(), values);
     bias.set_head(head);
   }
 
@@ -130,6 +130,13 @@ struct Forward {
     }
   }
 
+  // Rows of the output are short and far apart: their lines are fetched while scores are computed.
+  static XATTN_MEMBER void prefetch_to_write(const S* row, int64_t d) {
+    for (int64_t at = 0; at < d * (int64_t)sizeof(S); at += 64) {
+      __builtin_prefetch((const char*)row + at, 1, 3);
+    }
+  }
+
   void run(int64_t b, int64_t head, int64_t i0, int64_t rows) {
     const DigestArgs& a = u.args;
     const int64_t tiles = u.tiles(rows), stride = this->stride(), chunks = this->chunks();
@@ -138,6 +145,7 @@ struct Forward {
     U::P::rows([&](int64_t t) XATTN_LAMBDA_INLINE { return q + t * a.qkv_stride[1]; }, rows,
                tiles * R, u.d(), u.stride_d(), queries);
     bias.set_block(i0, rows);
+    for (int64_t r = 0; r < rows; ++r) prefetch_to_write(out + r * a.channels(), u.d());
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = chunk_begin(chunk), last = chunk_begin(chunk + 1);
       const int64_t count = min_of(last * L, a.keys()) - first * L;
