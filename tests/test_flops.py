@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from xattn_ops import (
     ConvRelativeAttention,
     CrossPatchAttention,
+    DigestAttention,
     InnerPatchAttention,
     conv_relative_attention,
     flops,
@@ -105,6 +106,41 @@ def test_conv_relative_on_an_image_that_is_not_square():
     assert counter.get_total_flops() // 2 == flops.conv_relative(4, 9, 8, 2, {5: 2}) - projections
 
 
+class OwnDigests(nn.Module):
+    """DigestAttention as a module of one argument: the last tokens are the digests."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        tokens = x.shape[1] - self.module.num_digests
+        return self.module(*x.split((tokens, x.shape[1] - tokens), 1))
+
+
+@pytest.mark.parametrize(
+    ("grid", "prefix", "digests"),
+    [
+        pytest.param((14, 14), 0, 80, id="cabvit"),
+        pytest.param((3, 5), 1, 0, id="no-digests"),
+        pytest.param((4, 2), 2, 7, id="prefix"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_formula_equals_count_for_digest(grid, prefix, digests, backend):
+    module = DigestAttention(16, 2, grid, digests, num_prefix_tokens=prefix, backend=backend)
+    tokens = prefix + grid[0] * grid[1]
+    counted = flops.count(OwnDigests(module), (3, tokens + digests, 16))[""]
+    assert counted == 3 * flops.digest(tokens, 16, digests)
+
+
+def test_digests_cost_what_the_paper_says():
+    """Section 3.3: the cost of plain attention without them, and linear in their number."""
+    assert flops.digest(196, 192) == flops.msa(14, 14, 192)
+    steps = [flops.digest(196, 192, m + 16) - flops.digest(196, 192, m) for m in (0, 16, 64)]
+    assert len(set(steps)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "gmacs"),
     [
@@ -165,6 +201,7 @@ def test_count_restores_the_mode_when_the_model_fails():
             "num_prefix_tokens must not be negative, got -1",
             id="prefix",
         ),
+        pytest.param(lambda: flops.digest(49, 8, -1), "digests must not .* got -1", id="digests"),
     ],
 )
 def test_bad_sizes_are_named(call, message):

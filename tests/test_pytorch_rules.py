@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import convrel, cpsa, ipsa
+from support import convrel, cpsa, digest, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
@@ -37,6 +37,8 @@ SIZES: dict[str, list[Any]] = {  # what follows the tensors of a leaf op
     "cpsa_dropout": [torch.tensor(9), 2, 3, 1, 0.1, 0.4],
     "convrel": [[3, 5], [3, 5], 2, 5, 8, 1, 0.5],
     "convpos": [5, 8, 1],
+    "digest": [None, 2, 3, 5, 1, 0.5, 0.0],
+    "digest_dropout": [torch.tensor(9), 2, 3, 5, 1, 0.5, 0.4],
 }
 
 
@@ -79,6 +81,10 @@ def test_opcheck(kind: str) -> None:
         ("cpsa", (2, 4)),
         ("convrel", (2,)),
         ("convpos", (2,)),
+        ("digest", (2,)),
+        ("digest", (3,)),
+        ("digest", (1, 3)),
+        ("digest", (1, 2, 3)),
     ],
 )
 def test_opcheck_without_optional_tensors(op: str, absent: tuple[int, ...]) -> None:
@@ -142,7 +148,8 @@ def test_second_derivative_of_the_reference(op: str) -> None:
 
 
 # conv_relative_attention keeps its weights and biases in a row, and D x (D + 2) for each head
-KEPT = {"convrel": [3 * 9 + 5 * 25, 8, 2 * 2 * 4 * 6]}
+# digest_attention keeps the largest logit and the sum of each softmax row
+KEPT = {"convrel": [3 * 9 + 5 * 25, 8, 2 * 2 * 4 * 6], "digest": [2 * 2 * 16 * 2]}
 
 
 @native
@@ -219,6 +226,8 @@ def test_checkpoint_recomputes_the_same(op: str, backend: str) -> None:
         pytest.param(
             convrel.SMALL_POSITION, 2 * 2 * 40 * 8 * 9, 2 * 2 * 2 * 40 * 8 * 9, id="convpos"
         ),
+        # 2 images x 16 tokens x 19 keys x 8 channels; 2 products, then 5
+        pytest.param(digest.SMALL, 4 * 2 * 16 * 19 * 8, 10 * 2 * 16 * 19 * 8, id="digest"),
     ],
 )
 def test_flops(case: Case, forward: int, backward: int) -> None:
@@ -241,6 +250,8 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
         pytest.param(convrel.SMALL, id="convrel"),
         pytest.param(convrel.convrel(2, (4, 3), 2, 4), id="convrel_without_relative_term"),
         pytest.param(convrel.SMALL_POSITION, id="convpos"),
+        pytest.param(digest.SMALL, id="digest"),
+        pytest.param(digest.digest(2, (3, 5), 2, 4), id="digest_without_digests"),
     ],
 )
 def test_flops_are_those_of_the_reference(case: Case) -> None:

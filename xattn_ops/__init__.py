@@ -9,18 +9,21 @@ from .convrel import (
     conv_relative_attention,
 )
 from .cpsa import CrossPatchAttention, cross_patch_attention
+from .digest import DigestAttention, digest_attention
 from .ipsa import InnerPatchAttention, inner_patch_attention
 
 __all__ = [
     "ConvPositionEncoding",
     "ConvRelativeAttention",
     "CrossPatchAttention",
+    "DigestAttention",
     "InnerPatchAttention",
     "__version__",
     "available_backends",
     "conv_position_encoding",
     "conv_relative_attention",
     "cross_patch_attention",
+    "digest_attention",
     "explain",
     "inner_patch_attention",
 ]

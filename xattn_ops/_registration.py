@@ -176,6 +176,8 @@ def _folded(
     """One call on [size * B, ...] in place of `size` calls on [B, ...]."""
     flat = list(args)
     for place in places:
+        if args[place] is None:
+            continue
         dim = in_dims[place]
         whole = args[place].expand(size, *args[place].shape) if dim is None else args[place]
         flat[place] = whole.movedim(dim or 0, 0).flatten(0, 1)

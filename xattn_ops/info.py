@@ -17,6 +17,7 @@ from xattn_ops import (
     conv_position_encoding,
     conv_relative_attention,
     cross_patch_attention,
+    digest_attention,
     explain,
     inner_patch_attention,
 )
@@ -96,6 +97,7 @@ def _samples(device: str) -> list[tuple[Callable[..., Any], tuple[Any, ...], dic
         (cross_patch_attention, (x, wide, None, narrow, None), {}),
         (conv_relative_attention, (tokens, []), {"num_heads": 1, "grid": (1, 1)}),
         (conv_position_encoding, (tokens, kernel), {"grid": (1, 1)}),
+        (digest_attention, (qkv[:, 0],), {"num_heads": 1, "grid": (1, 7)}),
     ]
 
 
