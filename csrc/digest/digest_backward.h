@@ -108,9 +108,9 @@ struct Backward {
     bias.set_block(i0, rows);
   }
 
-  // P and g of one tile against kC vectors of keys.
+  // P and dO V^T of one tile against kC vectors of keys.
   template <int kC>
-  XATTN_MEMBER void weights(int64_t r0, int64_t vector, const T* factors) const {
+  XATTN_MEMBER void weights(int64_t r0, int64_t vector) const {
     const int64_t at = r0 * u.stride(u.vectors()) + vector * L, stride = u.stride(u.vectors());
     V acc[R][kC];
     u.logits(acc, query_rows + r0 * u.stride_d(), keys, bias, r0, vector);
@@ -128,10 +128,6 @@ struct Backward {
       V sum = row_sums[r0 + r];
       XATTN_UNROLL
       for (int c = 0; c < kC; ++c) {
-        if (factors) {
-          const int64_t factor = (r0 + r) * u.factor_stride(u.vectors()) + (vector + c) * L;
-          acc[r][c] *= load(factors + factor);
-        }
         store(ds + at + r * stride + c * L, acc[r][c]);
         sum += load(p + at + r * stride + c * L) * acc[r][c];
       }
@@ -139,7 +135,22 @@ struct Backward {
     }
   }
 
+  // Dropout of the block's g, before which it was dO V^T.
+  void drop(int64_t rows, const T* factors) const {
+    const int64_t stride = u.stride(u.vectors()), factor_stride = u.factor_stride(u.vectors());
+    for (int64_t r = 0; r < rows; ++r) {
+      V sum{};
+      for (int64_t k = 0; k < u.vectors() * L; k += L) {
+        const V g = load(ds + r * stride + k) * load(factors + r * factor_stride + k);
+        store(ds + r * stride + k, g);
+        sum += load(p + r * stride + k) * g;
+      }
+      row_sums[r] = sum;
+    }
+  }
+
   // From P and g of a tile to P m and dS, as the products read them.
+  template <bool kDrops>
   XATTN_MEMBER void score_gradients(int64_t r0, const T* factors) const {
     const int64_t stride = u.stride(u.vectors());
     alignas(64) T sums[2 * L];
@@ -154,7 +165,7 @@ struct Backward {
         const int64_t place = (r0 + r) * stride + k;
         weight[r] = load(p + place);
         rows[r] = weight[r] * (load(ds + place) - splat(sums[r]));
-        if (factors) {
+        if constexpr (kDrops) {
           weight[r] *= load(factors + (r0 + r) * u.factor_stride(u.vectors()) + k);
           if (!U::kPairs) store(p + place, weight[r]);
         }
@@ -187,11 +198,11 @@ struct Backward {
     }
   }
 
-  // P and g of the block.
-  void score(int64_t tiles, const T* factors) const {
+  // P and dO V^T of the block.
+  void score(int64_t tiles) const {
     for_columns<U::kColumns, 1>(u.vectors(), [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
       for (int64_t r0 = 0; r0 < tiles * R; r0 += R) {
-        weights<decltype(group)::value>(r0, first, factors);
+        weights<decltype(group)::value>(r0, first);
       }
     });
   }
@@ -214,15 +225,17 @@ struct Backward {
     const DigestArgs& a = u.args;
     const int64_t tiles = u.tiles(rows);
     set_block(b, head, i0, rows);
-    const T* factors = nullptr;
+    score(tiles);
     if (a.dropout_p > 0) {
-      const int64_t factor_stride = u.factor_stride(u.vectors());
+      const int64_t stride = u.factor_stride(u.vectors());
+      const T* factors = dropout + i0 % 4 * stride;
       dropout_factors(a, index, b * a.heads + head, i0, tiles * R, 0, u.vectors() * L, dropout,
-                      factor_stride);
-      factors = dropout + i0 % 4 * factor_stride;
+                      stride);
+      drop(tiles * R, factors);
+      for (int64_t r0 = 0; r0 < tiles * R; r0 += R) score_gradients<true>(r0, factors);
+    } else {
+      for (int64_t r0 = 0; r0 < tiles * R; r0 += R) score_gradients<false>(r0, nullptr);
     }
-    score(tiles, factors);
-    for (int64_t r0 = 0; r0 < tiles * R; r0 += R) score_gradients(r0, factors);
     bias_gradient.add(ds, u.stride(u.vectors()), i0, rows);
     write_query_gradients(b, head, i0, rows);
     add_key_sums(ds_steps, query_steps, tiles * R, starts, sums);

@@ -13,7 +13,7 @@ struct Forward {
   using Elem = typename U::Elem;
   using Weight = typename U::Weight;
   static constexpr int R = U::kRows, L = U::L;
-  static constexpr int64_t kTiles = 4;  // of queries in a block: they share a visit to the keys
+  static constexpr int64_t kTiles = 3;  // of queries in a block: they share a visit to the keys
   static constexpr int64_t kChunkVectors = 512 / L;  // of keys, whose logits stay in cache
 
   const U& u;
@@ -87,6 +87,7 @@ struct Forward {
   }
 
   // From a tile's logits of one chunk to its weights; the first chunk starts the row's statistics.
+  template <bool kDrops>
   XATTN_MEMBER void softmax(int64_t tile, int64_t count, bool starts, const T* factors) const {
     const int64_t stride = this->stride();
     T* s = scores + tile * R * stride;
@@ -110,15 +111,21 @@ struct Forward {
       }
       store(top + r, highest);
     }
+    // A few rows at a time: enough to hide the latency of 2^x, and their addresses fit in
+    // registers.
+    constexpr int kGroup = R % 5 == 0 ? 5 : R;
     XATTN_UNROLL
-    for (int r = 0; r < R; ++r) rows[r] = V{};
-    for (int64_t c = 0; c < count * L; c += L) {
+    for (int r0 = 0; r0 < R; r0 += kGroup) {
       XATTN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        V e = U::exp2(load(s + r * stride + c) - splat(top[r]));
-        rows[r] += e;
-        if (factors) e *= load(factors + r * factor_stride() + c);
-        store(w + r * stride + c, e);
+      for (int r = r0; r < r0 + kGroup; ++r) rows[r] = V{};
+      for (int64_t c = 0; c < count * L; c += L) {
+        XATTN_UNROLL
+        for (int r = r0; r < r0 + kGroup; ++r) {
+          V e = U::exp2(load(s + r * stride + c) - splat(top[r]));
+          rows[r] += e;
+          if constexpr (kDrops) e *= load(factors + r * factor_stride() + c);
+          store(w + r * stride + c, e);
+        }
       }
     }
     fold_each<Add>(rows, fresh);
@@ -155,9 +162,12 @@ struct Forward {
       }
       score(tiles, first, last);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const T* factors =
-            a.dropout_p > 0 ? dropout + (i0 % 4 + tile * R) * factor_stride() : nullptr;
-        softmax(tile, last - first, chunk == 0, factors);
+        if (a.dropout_p > 0) {
+          const T* factors = dropout + (i0 % 4 + tile * R) * factor_stride();
+          softmax<true>(tile, last - first, chunk == 0, factors);
+        } else {
+          softmax<false>(tile, last - first, chunk == 0, nullptr);
+        }
         const T *inverse = this->inverse + tile * 2 * L, *fading = this->fading + tile * 2 * L;
         const int64_t left = rows - tile * R;
         u.template weighted_sum<R>(
