@@ -76,9 +76,12 @@ struct Backward {
     for (int64_t i = 0; i < g.heads.size(); ++i) grad_context[i] = 0;
     for (int64_t first = 0; first < tokens; first += g.block) {
       const int64_t count = min_of(g.block, tokens - first);
-      g.gather_ahead(g.qkv(kQuery, first), g.args.qkv_stride[1], count, queries);
-      g.gather_ahead(g.grad_out(first), g.args.grad_out_stride[1], count, grads);
-      g.heads.add_outer(count, queries, grads, grad_context);
+      const int64_t q_token = g.args.qkv_stride[1], grad_token = g.args.grad_out_stride[1];
+      g.prefetch(g.qkv(kQuery, first + count), q_token, count);
+      g.prefetch(g.grad_out(first + count), grad_token, count);
+      const auto q = g.view(g.qkv(kQuery, first), q_token, count, queries);
+      const auto grad = g.view(g.grad_out(first), grad_token, count, grads, !g.heads.exact());
+      g.heads.add_outer(count, q, grad, grad_context);
     }
     for (int64_t i = 0; i < g.heads.size(); i += L) {
       store(grad_context + i, load(grad_context + i) * (T)g.args.scale);
@@ -107,17 +110,14 @@ struct Backward {
 
   // ---------------------------------------------------------------- gradients of tokens
 
-  // `grads` and `keys` of tokens [first, first + count).
-  void gather_tokens(int64_t first, int64_t count) const {
-    g.gather(g.grad_out(first), g.args.grad_out_stride[1], count, grads);
-    g.gather(g.qkv(kKey, first), g.args.qkv_stride[1], count, keys);
-    for (int64_t z = 0; z < g.vectors; ++z) {
-      const auto top = load(maximum + z * L), scale = load(inverse + z * L);
-      for (int64_t t = 0; t < count; ++t) {
-        T* key = keys + t * g.stride + z * L;
-        store(key, exp2_for<S>((load(key) - top) * (T)kLog2e) * scale);
-      }
-    }
+  // keys = P of tokens [first, first + count), whose G it returns.
+  TokenView<T> take_tokens(int64_t first, int64_t count) const {
+    g.for_vectors(g.qkv(kKey, first), g.args.qkv_stride[1], count,
+                  [&](int64_t z, int64_t t, auto k) XATTN_LAMBDA_INLINE {
+                    const auto e = exp2_for<S>((k - load(maximum + z * L)) * (T)kLog2e);
+                    store(keys + t * g.stride + z * L, e * load(inverse + z * L));
+                  });
+    return g.view(g.grad_out(first), g.args.grad_out_stride[1], count, grads);
   }
 
   // Writes part `part` of grad_qkv of `count` tokens: value(z, t) is vector z of token t.
@@ -137,18 +137,18 @@ struct Backward {
 
   // dK of the tokens of `keys`.
   void write_keys(int64_t first, int64_t count) const {
-    g.gather(g.qkv(kValue, first), g.args.qkv_stride[1], count, queries);
-    g.heads.multiply(count, queries, grad_context_t, product);
+    const auto v = g.view(g.qkv(kValue, first), g.args.qkv_stride[1], count, queries);
+    g.heads.multiply(count, v, grad_context_t, product);
     write(kKey, first, count, [&](int64_t z, int64_t i) XATTN_LAMBDA_INLINE {
       return load(keys + i) * (load(product + i) - load(delta + z * L));
     });
   }
 
   void prefix_gradients(int64_t first, int64_t count) const {
-    gather_tokens(first, count);
-    g.heads.multiply(count, grads, context_t, product);
+    const TokenView<T> grad = take_tokens(first, count);
+    g.heads.multiply(count, grad, context_t, product);
     write_product(kQuery, first, count);
-    g.heads.multiply(count, keys, grad_context, product);
+    g.heads.multiply(count, {keys, g.stride}, grad_context, product);
     write_product(kValue, first, count);
     write_keys(first, count);
   }
@@ -160,16 +160,16 @@ struct Backward {
     for (int64_t y = 0; y < g.args.height; y += g.rows) {
       const int64_t count = min_of(g.rows, g.args.height - y), width = g.args.width;
       for (; ready < min_of(g.args.height, y + count + values.margin); ++ready) add_row(ready);
-      gather_tokens(g.token_of(y), count * width);
-      g.heads.multiply(count * width, grads, context_t, product);
+      const TokenView<T> grad = take_tokens(g.token_of(y), count * width);
+      g.heads.multiply(count * width, grad, context_t, product);
       if (taps.count() == 0) write_product(kQuery, g.token_of(y), count * width);
       for (int64_t i = 0; taps.count() && i < count; ++i) {
-        add_to_queries(y + i, i * width * g.stride);
+        add_to_queries(y + i, {product + i * width * g.stride, g.stride}, grad.from(i * width));
       }
-      g.heads.multiply(count * width, keys, grad_context, product);
+      g.heads.multiply(count * width, {keys, g.stride}, grad_context, product);
       if (taps.count() == 0) write_product(kValue, g.token_of(y), count * width);
       for (int64_t i = 0; taps.count() && i < count; ++i) {
-        add_to_values(y + i, i * width * g.stride);
+        add_to_values(y + i, {product + i * width * g.stride, g.stride});
         sums.add_row(values, relative, y + i);
       }
       write_keys(g.token_of(y), count * width);
@@ -181,51 +181,47 @@ struct Backward {
     const int64_t first = g.token_of(y), width = g.args.width;
     g.gather(g.qkv(kValue, first), g.args.qkv_stride[1], width, values.row(y));
     if (!taps.count()) return;
+    const S* grad = g.grad_out(first);
     T* row = relative.row(y);
-    g.gather(g.qkv(kQuery, first), g.args.qkv_stride[1], width, row);
-    g.gather(g.grad_out(first), g.args.grad_out_stride[1], width, grads);
-    for (int64_t z = 0; z < g.vectors; ++z) {
-      for (int64_t x = 0; x < width; ++x) {
-        T* at = row + x * g.stride + z * L;
-        store(at, load(at) * load(grads + x * g.stride + z * L));
-      }
-    }
+    g.for_vectors(g.qkv(kQuery, first), g.args.qkv_stride[1], width,
+                  [&](int64_t z, int64_t x, auto q) XATTN_LAMBDA_INLINE {
+                    const S* at = grad + x * g.args.grad_out_stride[1] + z * L;
+                    store(row + x * g.stride + z * L, q * load_n(at, g.channels - z * L));
+                  });
     sums.add_bias_row(relative, y);
   }
 
-  // dQ = product + G * (conv(v) + b) of image row y, whose product and G begin at `at`. What later
-  // rows read and write is asked for here and below, where the arithmetic hides the memory.
-  void add_to_queries(int64_t y, int64_t at) const {
+  // dQ = sum + G * (conv(v) + b) of image row y. What later rows read and write is asked for here
+  // and below, where the arithmetic hides the memory.
+  void add_to_queries(int64_t y, TokenView<T> sum, TokenView<T> grad) const {
     const int64_t token = g.args.qkv_stride[1], written = 3 * g.args.channels();
     const int64_t later = g.token_of(y + g.rows + values.margin);
     const S *next_q = g.qkv(kQuery, later), *next_v = g.qkv(kValue, later);
     S* out = g.grad_qkv(kQuery, g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
-      const T *sum = product + at + z * L, *grad = grads + at + z * L;
       taps.convolve(values, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
         prefetch_line(next_q + x * token + z * L);
         prefetch_line(next_v + x * token + z * L);
         prefetch_to_write(out + (x + g.args.width) * written + z * L);
-        g.put(out + x * written, z, load(sum + x * g.stride) + load(grad + x * g.stride) * conv);
+        g.put(out + x * written, z, g.get(sum, x, z) + g.get(grad, x, z) * conv);
       });
     }
   }
 
-  // dV = product + transposed conv(E) of image row y, whose product begins at `at`.
-  void add_to_values(int64_t y, int64_t at) const {
+  // dV = sum + transposed conv(E) of image row y.
+  void add_to_values(int64_t y, TokenView<T> sum) const {
     const int64_t token = g.args.qkv_stride[1], written = 3 * g.args.channels();
     const int64_t grad_token = g.args.grad_out_stride[1];
     const S* next_grad = g.grad_out(g.token_of(y + g.rows + values.margin));
     const S* next_k = g.qkv(kKey, g.token_of(y + g.rows));
     S* out = g.grad_qkv(kValue, g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
-      const T* sum = product + at + z * L;
       flipped.convolve(relative, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
         prefetch_line(next_grad + x * grad_token + z * L);
         prefetch_line(next_k + x * token + z * L);
         prefetch_to_write(out + (x + g.args.width) * written + z * L);
         prefetch_to_write(out + x * written - g.args.channels() + z * L);  // dK
-        g.put(out + x * written, z, load(sum + x * g.stride) + conv);
+        g.put(out + x * written, z, g.get(sum, x, z) + conv);
       });
     }
   }

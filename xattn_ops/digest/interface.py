@@ -14,7 +14,6 @@ from .._registration import (
     apply,
     autocast,
     backward_once,
-    fixed_signature,
     missing,
     register,
 )
@@ -93,7 +92,6 @@ class _DigestAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @fixed_signature
     def forward(
         qkv: Tensor,
         digest_kv: Tensor | None,
