@@ -46,10 +46,15 @@ struct PaddedRows {
 
   // taps[ky] = where window row ky of the pixels of row y begins, for values from `first` on.
   void find_taps(int64_t y, int64_t window, int64_t first, const T** taps) const {
+    const int64_t corner = (margin - window / 2) * stride + first, top = y - window / 2;
+    int64_t slot = max_of<int64_t>(top, 0) % capacity;
     for (int64_t ky = 0; ky < window; ++ky) {
-      const int64_t from = y + ky - window / 2;
-      const T* pixel = from < 0 || from >= height ? zeros + margin * stride : row(from);
-      taps[ky] = pixel - window / 2 * stride + first;
+      if (top + ky < 0 || top + ky >= height) {
+        taps[ky] = zeros + corner;
+      } else {
+        taps[ky] = data + slot * row_size + corner;
+        slot = slot + 1 == capacity ? 0 : slot + 1;
+      }
     }
   }
 };
