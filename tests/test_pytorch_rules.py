@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import convrel, cpsa, ipsa
+from support import clsattn, convrel, cpsa, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
@@ -37,6 +37,8 @@ SIZES: dict[str, list[Any]] = {  # what follows the tensors of a leaf op
     "cpsa_dropout": [torch.tensor(9), 2, 3, 1, 0.1, 0.4],
     "convrel": [[3, 5], [3, 5], 2, 5, 8, 1, 0.5],
     "convpos": [5, 8, 1],
+    "clsattn": [None, 2, 1e-6, 0.5, 0.0],
+    "clsattn_dropout": [torch.tensor(9), 2, 1e-6, 0.5, 0.4],
 }
 
 
@@ -49,6 +51,8 @@ def leaf_arguments(kind: str) -> tuple[str, list[Tensor], list[Any]]:
             tensors[0],
             *(torch.cat([t.flatten() for t in tensors[i : i + 2]]) for i in (1, 3)),
         ]
+    if op == "clsattn":
+        del tensors[5]  # k_bias
     return op, tensors, SIZES[kind]
 
 
@@ -79,6 +83,11 @@ def test_opcheck(kind: str) -> None:
         ("cpsa", (2, 4)),
         ("convrel", (2,)),
         ("convpos", (2,)),
+        ("clsattn", (3,)),
+        ("clsattn", (6,)),
+        ("clsattn", (8,)),
+        ("clsattn", (7, 8)),
+        ("clsattn", (3, 6, 7, 8)),
     ],
 )
 def test_opcheck_without_optional_tensors(op: str, absent: tuple[int, ...]) -> None:
@@ -141,8 +150,13 @@ def test_second_derivative_of_the_reference(op: str) -> None:
     assert tensors[0].grad.abs().max() > 0
 
 
-# conv_relative_attention keeps its weights and biases in a row, and D x (D + 2) for each head
-KEPT = {"convrel": [3 * 9 + 5 * 25, 8, 2 * 2 * 4 * 6]}
+# conv_relative_attention keeps its weights and biases in a row, and D x (D + 2) for each head;
+# cls_cross_attention D + 2 C for each head, and a weight of each head and the LayerNorm's mean and
+# deviation for each token
+KEPT = {
+    "convrel": [3 * 9 + 5 * 25, 8, 2 * 2 * 4 * 6],
+    "clsattn": [2 * 2 * (4 + 2 * 8), 2 * (2 + 2) * 8],
+}
 
 
 @native
@@ -219,6 +233,10 @@ def test_checkpoint_recomputes_the_same(op: str, backend: str) -> None:
         pytest.param(
             convrel.SMALL_POSITION, 2 * 2 * 40 * 8 * 9, 2 * 2 * 2 * 40 * 8 * 9, id="convpos"
         ),
+        # 2 images of 8 tokens: 17 projections of 8 x 8, 2 products of 8 x 8; twice that backward
+        pytest.param(
+            clsattn.SMALL, 2 * 2 * (17 * 64 + 2 * 64), 4 * 2 * (17 * 64 + 2 * 64), id="clsattn"
+        ),
     ],
 )
 def test_flops(case: Case, forward: int, backward: int) -> None:
@@ -241,6 +259,7 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
         pytest.param(convrel.SMALL, id="convrel"),
         pytest.param(convrel.convrel(2, (4, 3), 2, 4), id="convrel_without_relative_term"),
         pytest.param(convrel.SMALL_POSITION, id="convpos"),
+        pytest.param(clsattn.SMALL, id="clsattn"),
     ],
 )
 def test_flops_are_those_of_the_reference(case: Case) -> None:

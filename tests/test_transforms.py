@@ -57,6 +57,10 @@ MAPPED = [
     pytest.param("convpos", ["x"], id="convpos_activation"),
     pytest.param("convpos", ["weight", "bias"], id="convpos_weights"),
     pytest.param("convpos", ["x", "bias"], id="convpos_both"),
+    pytest.param("clsattn", ["cls_token", "patches"], id="clsattn_activations"),
+    pytest.param("clsattn", ["patches"], id="clsattn_patches"),
+    pytest.param("clsattn", ["k_weight", "k_bias", "norm_bias"], id="clsattn_weights"),
+    pytest.param("clsattn", ["cls_token", "v_weight", "q_bias"], id="clsattn_both"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from ._backend import available_backends, explain
 from ._version import __version__
+from .clsattn import ClsCrossAttention, cls_cross_attention
 from .convrel import (
     ConvPositionEncoding,
     ConvRelativeAttention,
@@ -12,12 +13,14 @@ from .cpsa import CrossPatchAttention, cross_patch_attention
 from .ipsa import InnerPatchAttention, inner_patch_attention
 
 __all__ = [
+    "ClsCrossAttention",
     "ConvPositionEncoding",
     "ConvRelativeAttention",
     "CrossPatchAttention",
     "InnerPatchAttention",
     "__version__",
     "available_backends",
+    "cls_cross_attention",
     "conv_position_encoding",
     "conv_relative_attention",
     "cross_patch_attention",

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support import convrel, cpsa, ipsa
+from support import clsattn, convrel, cpsa, ipsa
 from support.cases import BACKENDS, Case
 from xattn_ops import (
+    ClsCrossAttention,
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
@@ -21,8 +22,11 @@ OPERATORS = {
     "cpsa": cpsa.SMALL,
     "convrel": convrel.SMALL,
     "convpos": convrel.SMALL_POSITION,
+    "clsattn": clsattn.SMALL,
 }
-WITH_DROPOUT = {name: OPERATORS[name].with_options(dropout_p=0.4) for name in ("ipsa", "cpsa")}
+WITH_DROPOUT = {
+    name: OPERATORS[name].with_options(dropout_p=0.4) for name in ("ipsa", "cpsa", "clsattn")
+}
 
 
 class OnMap(nn.Module):
@@ -38,6 +42,19 @@ class OnMap(nn.Module):
         return self.module(tokens, grid)[:, 1:].unflatten(1, grid)
 
 
+class OfCls(nn.Module):
+    """A module of a CLS token and patches as one of maps: every pixel is what CLS takes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cls = x.mean((1, 2))[:, None]
+        return self.module(cls, x.flatten(1, 2), self.norm)[:, None].expand(x.shape)
+
+
 MODULES: dict[str, Callable[..., nn.Module]] = {  # all take [B, H, W, 8]
     "ipsa": lambda **options: InnerPatchAttention(8, 2, (2, 3), (1, 2), **options),
     "cpsa": lambda **options: CrossPatchAttention((2, 3), **options),
@@ -45,6 +62,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {  # all take [B, H, W, 8]
         ConvRelativeAttention(8, 2, windows={3: 1, 5: 1}, **options)
     ),
     "convpos": lambda **options: OnMap(ConvPositionEncoding(8, **options)),
+    "clsattn": lambda **options: OfCls(ClsCrossAttention(8, 2, **options)),
 }
 
 operators = pytest.mark.parametrize("op", list(OPERATORS))
