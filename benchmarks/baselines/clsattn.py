@@ -67,4 +67,7 @@ def _projected(heads: int, attend: Callable[..., Tensor]) -> Plain:
 
 def _tokens(cls_token: Tensor, patches: Tensor, norm: list[Tensor]) -> Tensor:
     tokens = torch.cat((cls_token, patches), 1)
-    return F.layer_norm(tokens, tokens.shape[-1:], *norm, eps=EPS) if norm else tokens
+    if not norm:
+        return tokens
+    weight, bias = norm
+    return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, EPS)

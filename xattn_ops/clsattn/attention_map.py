@@ -35,7 +35,9 @@ def cls_cross_attention_map(
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range.
     """
     keys = (q_weight, q_bias, k_weight, k_bias, None, None, norm_weight, norm_bias)
-    scale, eps = check(cls_token, patches, *keys, num_heads, eps, scale, values=False)
+    scale, eps = check(
+        cls_token, patches, *keys, num_heads=num_heads, eps=eps, scale=scale, values=False
+    )
     tokens = torch.cat([cls_token, patches], 1)
     if norm_weight is not None:
         tokens = F.layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias, eps)

@@ -162,10 +162,27 @@ class _ClsCrossAttention(torch.autograd.Function):
         return (*wanted, None, None)
 
 
-def _plan(*arguments: Any) -> tuple[str, tuple[Any, ...]]:
+def _plan(
+    cls_token: Tensor,
+    patches: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_heads: int,
+    eps: float,
+    scale: float | None,
+    dropout_p: float,
+    backend: str | None,
+) -> tuple[str, tuple[int, float, float, float]]:
     """The backend and the leaf ops' options for arguments that pass every check."""
-    cls_token, (num_heads, eps, scale, dropout_p, backend) = arguments[0], arguments[10:]
-    scale, eps = check(*arguments[:10], num_heads, eps, scale)
+    keys = (q_weight, q_bias, k_weight, k_bias)
+    values, norm = (v_weight, v_bias), (norm_weight, norm_bias)
+    scale, eps = check(cls_token, patches, *keys, *values, *norm, num_heads, eps, scale)
     dropout_p = _checks.probability("dropout_p", dropout_p)
     chosen = choose("cls_cross_attention", backend, cls_token.device.type, cls_token.dtype)
     return chosen, (num_heads, eps, scale, dropout_p)
@@ -201,14 +218,12 @@ def check(
             f"got shape {list(patches.shape)}"
         )
     head_dim = _checks.divides("num_heads", num_heads, "the channels of cls_token", C)
-    weights = {"q_weight": q_weight, "k_weight": k_weight}
-    biases = {"q_bias": q_bias, "k_bias": k_bias, "norm_weight": norm_weight}
-    if values:
-        weights["v_weight"] = v_weight  # type: ignore[assignment]
-        biases["v_bias"] = v_bias
+    weights = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight}
+    biases = {"q_bias": q_bias, "k_bias": k_bias, "v_bias": v_bias}
     for name, weight in weights.items():
-        _checks.tensor(name, weight, "[C, C]", sizes=(C, C), like=like)
-    for name, bias in (biases | {"norm_bias": norm_bias}).items():
+        if values or name != "v_weight":
+            _checks.tensor(name, weight, "[C, C]", sizes=(C, C), like=like)
+    for name, bias in (biases | {"norm_weight": norm_weight, "norm_bias": norm_bias}).items():
         if bias is not None:
             _checks.tensor(name, bias, "[C]", sizes=(C,), like=like)
     if norm_bias is not None and norm_weight is None:
