@@ -50,6 +50,17 @@ STABLE_TORCH_LIBRARY(xattn_ops, m) {
       "convpos_bwd(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, SymInt grid_h, "
       "SymInt grid_w, int num_prefix_tokens) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "digest_fwd(Tensor qkv, Tensor? digest_kv, Tensor? bias_table, Tensor? digest_bias, "
+      "Tensor? seed, int num_heads, SymInt grid_h, SymInt grid_w, int num_prefix_tokens, float "
+      "scale, "
+      "float dropout_p) -> (Tensor out, Tensor row_stats)");
+  m.def(
+      "digest_bwd(Tensor grad_out, Tensor qkv, Tensor? digest_kv, Tensor? bias_table, "
+      "Tensor? digest_bias, Tensor row_stats, Tensor? seed, int num_heads, SymInt grid_h, SymInt "
+      "grid_w, "
+      "int num_prefix_tokens, float scale, float dropout_p) -> (Tensor grad_qkv, "
+      "Tensor grad_digest_kv, Tensor grad_bias_table, Tensor grad_digest_bias)");
 }
 
 namespace xattn {

@@ -20,6 +20,7 @@ FUNCTIONS = [
     "conv_relative_attention",
     "conv_position_encoding",
     "cls_cross_attention",
+    "digest_attention",
 ]
 functions = pytest.mark.parametrize("function", FUNCTIONS)
 

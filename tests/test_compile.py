@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import clsattn, convrel, cpsa, ipsa
+from support import clsattn, convrel, cpsa, digest, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
+    OF_ONE_SIZE,
     OPERATORS,
     WITH_DROPOUT,
     assert_same,
@@ -77,6 +78,7 @@ OF_SIZE = {  # a case of any batch, rows and columns
     "convrel": lambda B, H, W: convrel.convrel(B, (H, W), 2, 4, (3, 3), (5, 5)),
     "convpos": lambda B, H, W: convrel.convpos(B, (H, W), 8),
     "clsattn": lambda B, H, W: clsattn.clsattn(B, H * W, 2, 4),
+    "digest": lambda B, H, W: digest.digest(B, (H, W), 2, 4, M=H + 3, prefix=1),
 }
 
 
@@ -136,7 +138,8 @@ def test_export(op: str, strict: bool) -> None:
 @operators
 def test_export_dynamic_shapes(op: str) -> None:
     module = MODULES[op]().eval()
-    sizes = {axis: torch.export.Dim(name) for axis, name in enumerate(["batch", "rows", "columns"])}
+    names = ["batch"] if op in OF_ONE_SIZE else ["batch", "rows", "columns"]
+    sizes = {axis: torch.export.Dim(name) for axis, name in enumerate(names)}
     program = torch.export.export(module, (torch.randn(2, 5, 8, 8),), dynamic_shapes=(sizes,))
-    x = torch.randn(3, 7, 13, 8)
+    x = torch.randn(3, 5, 8, 8) if op in OF_ONE_SIZE else torch.randn(3, 7, 13, 8)
     torch.testing.assert_close(program.module()(x), module(x))

@@ -9,6 +9,7 @@ from xattn_ops import (
     ClsCrossAttention,
     ConvRelativeAttention,
     CrossPatchAttention,
+    DigestAttention,
     InnerPatchAttention,
     conv_relative_attention,
     flops,
@@ -148,6 +149,41 @@ def test_count_knows_torch_s_own_attention():
     assert flops.count(Attention(), (3, 7, 8))[""] == 3 * 2 * 7 * 7 * 8
 
 
+class OwnDigests(nn.Module):
+    """DigestAttention as a module of one argument: the last tokens are the digests."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        tokens = x.shape[1] - self.module.num_digests
+        return self.module(*x.split((tokens, x.shape[1] - tokens), 1))
+
+
+@pytest.mark.parametrize(
+    ("grid", "prefix", "digests"),
+    [
+        pytest.param((14, 14), 0, 80, id="cabvit"),
+        pytest.param((3, 5), 1, 0, id="no-digests"),
+        pytest.param((4, 2), 2, 7, id="prefix"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_formula_equals_count_for_digest(grid, prefix, digests, backend):
+    module = DigestAttention(16, 2, grid, digests, num_prefix_tokens=prefix, backend=backend)
+    tokens = prefix + grid[0] * grid[1]
+    counted = flops.count(OwnDigests(module), (3, tokens + digests, 16))[""]
+    assert counted == 3 * flops.digest(tokens, 16, digests)
+
+
+def test_digests_cost_what_the_paper_says():
+    """Section 3.3: the cost of plain attention without them, and linear in their number."""
+    assert flops.digest(196, 192) == flops.msa(14, 14, 192)
+    steps = [flops.digest(196, 192, m + 16) - flops.digest(196, 192, m) for m in (0, 16, 64)]
+    assert len(set(steps)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "gmacs"),
     [
@@ -209,6 +245,7 @@ def test_count_restores_the_mode_when_the_model_fails():
             id="prefix",
         ),
         pytest.param(lambda: flops.cls_cross(0, 8), "patches must be a positive", id="patches"),
+        pytest.param(lambda: flops.digest(49, 8, -1), "digests must not .* got -1", id="digests"),
     ],
 )
 def test_bad_sizes_are_named(call, message):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import digest
 from support.cases import Case, native
 from support.operators import (
     MODULES,
@@ -61,6 +62,11 @@ MAPPED = [
     pytest.param("clsattn", ["patches"], id="clsattn_patches"),
     pytest.param("clsattn", ["k_weight", "k_bias", "norm_bias"], id="clsattn_weights"),
     pytest.param("clsattn", ["cls_token", "v_weight", "q_bias"], id="clsattn_both"),
+    pytest.param("digest", ["qkv"], id="digest_activation"),
+    pytest.param("digest", ["digest_kv"], id="digest_other_activation"),
+    pytest.param("digest", ["qkv", "digest_kv"], id="digest_activations"),
+    pytest.param("digest", ["bias_table", "digest_bias"], id="digest_weights"),
+    pytest.param("digest", ["qkv", "digest_kv", "digest_bias"], id="digest_both"),
 ]
 
 
@@ -97,6 +103,15 @@ def test_vmap_twice(op: str, backend: str) -> None:
     got = torch.vmap(torch.vmap(function, dims), dims)(grid, *weights)
     want = torch.stack([function(x, *weights) for x in grid.flatten(0, 1)])
     torch.testing.assert_close(got.flatten(0, 1), want)
+
+
+@backends
+def test_vmap_without_digests(backend: str) -> None:
+    case = digest.digest(2, (3, 5), 2, 4)
+    function, _ = positional(case, backend=backend)
+    tensors, dims = mapped(case, ["qkv"])
+    got = torch.vmap(function, tuple(dims))(*tensors)
+    torch.testing.assert_close(got, by_loop(function, tensors, dims))
 
 
 @native

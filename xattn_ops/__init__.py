@@ -10,6 +10,7 @@ from .convrel import (
     conv_relative_attention,
 )
 from .cpsa import CrossPatchAttention, cross_patch_attention
+from .digest import DigestAttention, digest_attention
 from .ipsa import InnerPatchAttention, inner_patch_attention
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ConvPositionEncoding",
     "ConvRelativeAttention",
     "CrossPatchAttention",
+    "DigestAttention",
     "InnerPatchAttention",
     "__version__",
     "available_backends",
@@ -24,6 +26,7 @@ __all__ = [
     "conv_position_encoding",
     "conv_relative_attention",
     "cross_patch_attention",
+    "digest_attention",
     "explain",
     "inner_patch_attention",
 ]

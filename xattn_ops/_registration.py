@@ -13,7 +13,6 @@ All leaf ops follow one convention, from which the rules below are derived:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,12 +63,6 @@ def register(
         _register_sharding(packet.default, batched, returns_batched)
 
 
-def fixed_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the `forward` of a Function: `apply` looks its signature up at every call."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
-
-
 class _Backward(torch.autograd.Function):
     """A leaf op that computes gradients and says so when someone differentiates it again.
 
@@ -80,7 +73,6 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @fixed_signature
     def forward(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
@@ -103,25 +95,38 @@ def backward_once(op: Callable[..., Any], *args: Any) -> Any:
     return apply(_Backward, op, *args)
 
 
-def untracked(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors runs eagerly and nobody can ask for its derivative."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return False
-    return not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in tensors
+def transformed() -> bool:
+    """Whether a call is being traced, or runs under a transform of torch.func or forward AD."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`, or only its forward where that is all one can see of it.
+def untracked(*tensors: Any) -> bool:
+    """Whether a call on these tensors runs eagerly and nobody can ask for its derivative."""
+    return not transformed() and not _tracked(tensors)
 
-    A Function costs tens of microseconds a call, as much as a kernel on a small map.
+
+def _tracked(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)` by the shortest way there is.
+
+    Its Python takes as long as a kernel on a small map, the more so with cold caches. Where no
+    transform is active it binds the arguments to a signature and then calls its base class, which
+    is called directly here; and where no gradient can be asked for, the forward is all of it.
     """
-    if untracked(*(a for a in args if isinstance(a, Tensor))):
+    if transformed():
+        return function.apply(*args)
+    if not _tracked(args):
         return function.forward(*args)
-    return function.apply(*args)
+    # What `Function.apply` does with tensors that outlived a transform.
+    args = torch._functorch.utils.unwrap_dead_wrappers(args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def positions(op: torch._ops.OpOverload, names: Sequence[str]) -> list[int]:
@@ -176,6 +181,8 @@ def _folded(
     """One call on [size * B, ...] in place of `size` calls on [B, ...]."""
     flat = list(args)
     for place in places:
+        if args[place] is None:
+            continue
         dim = in_dims[place]
         whole = args[place].expand(size, *args[place].shape) if dim is None else args[place]
         flat[place] = whole.movedim(dim or 0, 0).flatten(0, 1)

@@ -5,6 +5,7 @@ the matrix products alone (no softmax, no bias, no normalisation), and so does t
 
 CAT: "CAT: Cross Attention in Vision Transformer", arXiv:2106.05786.
 CoaT: "Co-Scale Conv-Attentional Image Transformers", arXiv:2104.06399.
+CabViT: "CabViT: Cross Attention among Blocks for Vision Transformer", Zhang, Hu and Wang.
 CrossViT: "Cross-Attention Multi-Scale Vision Transformer", arXiv:2103.14899.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["cls_cross", "conv_relative", "count", "cpsa", "ipsa", "msa"]
+__all__ = ["cls_cross", "conv_relative", "count", "cpsa", "digest", "ipsa", "msa"]
 
 
 def msa(height: int, width: int, channels: int) -> int:
@@ -137,6 +138,28 @@ def cls_cross(patches: int, channels: int) -> int:
     """
     _check_sizes(patches=patches, channels=channels)
     return 2 * (patches + 2) * channels**2 + 2 * (patches + 1) * channels
+
+
+def digest(tokens: int, channels: int, digests: int = 0) -> int:
+    """MACs of digest attention: 4 n C^2 + 2 n (n + m) C + 2 m C^2 (CabViT 3.3, eq. 1-4).
+
+    The first two terms are those of plain attention (CabViT Fig. 5), with n + m keys for n queries;
+    the third projects m digests to keys and values. The official code projects them to queries as
+    well, which nobody reads.
+
+    Args:
+        tokens: n, prefix tokens included.
+        channels: width of a token.
+        digests: m, over all earlier blocks: (l - 1) n / s^2 in block l.
+
+    Returns:
+        MACs of one image. ``digest(196, 192, 80)`` is 56 M.
+    """
+    _check_sizes(tokens=tokens, channels=channels)
+    if not isinstance(digests, int) or digests < 0:
+        raise ValueError(f"digests must not be negative, got {digests!r}")
+    projections = 4 * tokens * channels**2 + 2 * digests * channels**2
+    return projections + 2 * tokens * (tokens + digests) * channels
 
 
 def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from xattn_ops import (
     conv_position_encoding,
     conv_relative_attention,
     cross_patch_attention,
+    digest_attention,
     explain,
     inner_patch_attention,
 )
@@ -99,6 +100,7 @@ def _samples(device: str) -> list[tuple[Callable[..., Any], tuple[Any, ...], dic
         (conv_relative_attention, (tokens, []), {"num_heads": 1, "grid": (1, 1)}),
         (conv_position_encoding, (tokens, kernel), {"grid": (1, 1)}),
         (cls_cross_attention, (token, token, *[one, None] * 3), {"num_heads": 1}),
+        (digest_attention, (qkv[:, 0],), {"num_heads": 1, "grid": (1, 7)}),
     ]
 
 

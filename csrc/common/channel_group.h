@@ -5,6 +5,15 @@
 
 namespace xattn::XATTN_ISA {
 
+// Tokens as values of the compute type: in scratch, or in memory where that holds such values.
+template <class T>
+struct TokenView {
+  const T* data;
+  int64_t stride;
+
+  TokenView from(int64_t token) const { return {data + token * stride, stride}; }
+};
+
 template <class S>
 struct ChannelGroup {
   using T = typename ComputeOf<S>::type;
@@ -37,13 +46,41 @@ struct ChannelGroup {
     }
   }
 
-  // out[t][:] = `count` tokens in memory, asking for as many after them.
+  // out[t][:] = `count` tokens in memory.
   void gather(const S* from, int64_t from_stride, int64_t count, T* out) const {
-    const int64_t ahead = count * from_stride;
     for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
-      prefetch_line(from + t * from_stride + z * L + ahead);
       store(out + t * stride + z * L, v);
     });
+  }
+  // The same, asking for as many tokens after them: where nothing else is at hand to hide the
+  // memory behind.
+  void gather_ahead(const S* from, int64_t from_stride, int64_t count, T* out) const {
+    for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
+      prefetch_line(from + (t + count) * from_stride + z * L);
+      store(out + t * stride + z * L, v);
+    });
+  }
+  // Asks for `count` tokens.
+  void prefetch(const S* from, int64_t from_stride, int64_t count) const {
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t z = 0; z < vectors; ++z) prefetch_line(from + t * from_stride + z * L);
+    }
+  }
+
+  // `count` tokens where they are, or, of another type than the compute type or where `copy` says
+  // so, in scratch.
+  TokenView<T> view(const S* from, int64_t from_stride, int64_t count, T* scratch,
+                    bool copy = false) const {
+    if constexpr (__is_same(S, T)) {
+      if (!copy) return {from, from_stride};
+    }
+    gather(from, from_stride, count, scratch);
+    return {scratch, stride};
+  }
+
+  // Vector z of token t; lanes beyond the group are zero, or finite if the view is in scratch.
+  XATTN_MEMBER vec<T> get(const TokenView<T>& tokens, int64_t t, int64_t z) const {
+    return load_n(tokens.data + t * tokens.stride + z * L, channels - z * L);
   }
 
   // One vector of a token's results.

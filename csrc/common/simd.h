@@ -166,6 +166,11 @@ XATTN_INLINE auto load_n(const S* p, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 4) {
     return (vfloat)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  } else if constexpr (sizeof(S) == 2) {
+    const auto bits = (half_lanes)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    S whole[lanes];
+    store_as(whole, bits);
+    return load(whole);
   }
 #endif
   S padded[lanes] = {};
@@ -179,6 +184,11 @@ XATTN_INLINE void store_n(S* p, V v, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 4) {
     return _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+  } else if constexpr (sizeof(S) == 2) {
+    S whole[lanes];
+    store(whole, v);
+    return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1),
+                                    (__m256i)load_as<half_lanes>(whole));
   }
 #endif
   S padded[lanes];
@@ -394,6 +404,12 @@ XATTN_INLINE vfloat exp2_nonpositive_rough(vfloat x) {
 #endif
 }
 
+// 2^x as accurate as results stored as S need it.
+template <class S>
+XATTN_INLINE vfloat exp2_for(vfloat x) {
+  return __is_same(S, bf16) ? exp2_nonpositive_rough(x) : exp2_nonpositive(x);
+}
+
 // 2^x to 1e-15 relative: the Taylor series of e^(x ln 2), |x ln 2| <= 0.347 after reduction.
 XATTN_INLINE vdouble exp2_nonpositive(vdouble x) {
   x = vmax(splat(-1100.0), x);
@@ -411,7 +427,13 @@ XATTN_INLINE vdouble exp2_nonpositive(vdouble x) {
   return x < -1020.0 ? vdouble{} : scaled;
 }
 
+template <class S>
+XATTN_INLINE vdouble exp2_for(vdouble x) {
+  return exp2_nonpositive(x);
+}
+
 XATTN_INLINE void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+XATTN_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 XATTN_INLINE void prefetch_line_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace xattn::XATTN_ISA

@@ -7,6 +7,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
@@ -41,9 +46,30 @@ inline Tensor dense_last(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// An uninitialised tensor of `like`'s dtype and device.
-inline Tensor empty_for(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes);
+// Asks for huge pages under large fresh memory: touching it first in small ones costs more than all
+// the arithmetic of a large map (0.3 ms a MB against 0.03). A hint, where the system takes any;
+// XATTN_HUGE_PAGES=0 leaves it out.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kHuge = int64_t{2} << 20;
+  static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  static const bool wanted = [] {
+    const char* value = std::getenv("XATTN_HUGE_PAGES");
+    return value == nullptr || value[0] != '0';
+  }();
+  if (!wanted || bytes < kHuge) return;
+  const auto address = reinterpret_cast<uintptr_t>(data), begin = address / page * page;
+  madvise(reinterpret_cast<void*>(begin), address + static_cast<uintptr_t>(bytes) - begin,
+          MADV_HUGEPAGE);
+#endif
+}
+
+// An uninitialised tensor of `like`'s device, and of its dtype unless one is given.
+inline Tensor empty_for(const Tensor& like, std::vector<int64_t> sizes,
+                        std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  advise_huge_pages(t.mutable_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+  return t;
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {

@@ -47,21 +47,24 @@ class WeightGradients {
         weights_(zeros(weights)),
         biases_(zeros(biases)) {}
 
-  // Calls run(Chunk, scratch) for every chunk, on all threads.
+  // Calls run(chunks, count, scratch) on all threads, for all chunks in groups of neighbours; a
+  // group of channels comes with one set of images after the other.
   template <class Chunk, class F>
   void for_chunks(int64_t batch, int64_t groups, int64_t scratch_bytes, F run) {
     auto* weights = static_cast<char*>(weights_.mutable_data_ptr());
     auto* biases = static_cast<char*>(biases_.mutable_data_ptr());
     const int64_t value = compute_type(like_) == torch::headeronly::ScalarType::Double ? 8 : 4;
     const int64_t weight_row = weights_.size(1) * value, bias_row = biases_.size(1) * value;
+    std::vector<Chunk> chunks;
+    for (int64_t i = 0; i < groups * parts_; ++i) {
+      const int64_t part = i % parts_;
+      chunks.push_back({i / parts_, part * batch / parts_, (part + 1) * batch / parts_,
+                        weights + part * weight_row,
+                        bias_row ? biases + part * bias_row : nullptr});
+    }
     torch::stable::parallel_for(0, groups * parts_, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch(scratch_bytes);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t part = i % parts_;
-        run(Chunk{i / parts_, part * batch / parts_, (part + 1) * batch / parts_,
-                  weights + part * weight_row, bias_row ? biases + part * bias_row : nullptr},
-            scratch.get());
-      }
+      run(chunks.data() + begin, end - begin, scratch.get());
     });
   }
 
@@ -70,7 +73,7 @@ class WeightGradients {
   Tensor bias() const { return sum(biases_); }
 
  private:
-  static constexpr int64_t kChunks = 64;
+  static constexpr int64_t kChunks = 32;
   Tensor like_;
   int64_t parts_;
   Tensor weights_, biases_;  // [parts, values] of the compute type

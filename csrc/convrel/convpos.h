@@ -42,7 +42,7 @@ struct ConvPosKernels {
   int64_t (*backward_scratch)(const ConvPosArgs&);
   // Units [begin, end) of images x groups x bands, the band fastest.
   void (*forward)(const ConvPosArgs&, int64_t begin, int64_t end, void* scratch);
-  void (*backward)(const ConvPosArgs&, const ConvPosChunk&, void* scratch);
+  void (*backward)(const ConvPosArgs&, const ConvPosChunk*, int64_t count, void* scratch);
 };
 
 }  // namespace xattn

@@ -91,9 +91,10 @@ std::tuple<Tensor, Tensor, Tensor> convpos_bwd(Tensor grad_out, Tensor x, Tensor
   const int64_t bytes = kernels.backward_scratch(a);
   WeightGradients gradients(call.x, a.batch, a.groups(), call.weight.numel(),
                             call.bias.has_value() ? a.channels : 0);
-  gradients.for_chunks<ConvPosChunk>(
-      a.batch, a.groups(), bytes,
-      [&](const ConvPosChunk& chunk, void* scratch) { kernels.backward(a, chunk, scratch); });
+  gradients.for_chunks<ConvPosChunk>(a.batch, a.groups(), bytes,
+                                     [&](const ConvPosChunk* chunks, int64_t count, void* scratch) {
+                                       kernels.backward(a, chunks, count, scratch);
+                                     });
   return {grad_x,
           torch::stable::view(gradients.weight(), {a.channels, 1, weight.size(2), weight.size(2)}),
           gradients.bias()};

@@ -53,8 +53,8 @@ struct Encoding {
   void load_rows(const Tokens<S>& from, int64_t image, int64_t y, const PaddedRows<T>& rows,
                  int64_t& ready) const {
     for (; ready < min_of(args.height, y + 1 + rows.margin); ++ready) {
-      group.gather(from.at(image, args.prefix + ready * args.width, group.first), from.stride[1],
-                   args.width, rows.row(ready));
+      group.gather_ahead(from.at(image, args.prefix + ready * args.width, group.first),
+                         from.stride[1], args.width, rows.row(ready));
     }
   }
 
@@ -131,12 +131,20 @@ struct Backward : Encoding<S> {
         sums(this->group, a.conv, arena, real),
         bytes(arena.used()) {}
 
-  void run(const ConvPosChunk& chunk) {
+  void run(const ConvPosChunk* chunks, int64_t count) {
     rows.clear();
     grads.clear();
-    this->select(chunk.group);
-    taps.pack(true);
-    sums.clear(taps);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i == 0 || chunks[i].group != chunks[i - 1].group) {
+        this->select(chunks[i].group);
+        taps.pack(true);
+      }
+      sums.clear(taps);
+      run(chunks[i]);
+    }
+  }
+
+  void run(const ConvPosChunk& chunk) {
     for (int64_t image = chunk.image_begin; image < chunk.image_end; ++image) {
       this->copy_prefix(this->grad_out, image);
       int64_t ready = 0, grads_ready = 0;
@@ -171,9 +179,10 @@ void forward(const ConvPosArgs& a, int64_t begin, int64_t end, void* scratch) {
     Forward<typename decltype(type)::type>(a, scratch).run(begin, end);
   });
 }
-void backward(const ConvPosArgs& a, const ConvPosChunk& chunk, void* scratch) {
-  with_storage(a.dtype,
-               [&](auto type) { Backward<typename decltype(type)::type>(a, scratch).run(chunk); });
+void backward(const ConvPosArgs& a, const ConvPosChunk* chunks, int64_t count, void* scratch) {
+  with_storage(a.dtype, [&](auto type) {
+    Backward<typename decltype(type)::type>(a, scratch).run(chunks, count);
+  });
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ struct ConvRelKernels {
   int64_t (*backward_scratch)(const ConvRelArgs&);
   // Units [begin, end) of groups x images, the image fastest.
   void (*forward)(const ConvRelArgs&, int64_t begin, int64_t end, void* scratch);
-  void (*backward)(const ConvRelArgs&, const ConvRelChunk&, void* scratch);
+  void (*backward)(const ConvRelArgs&, const ConvRelChunk*, int64_t count, void* scratch);
 };
 
 }  // namespace xattn

@@ -41,14 +41,23 @@ struct Backward {
     bytes = arena.used();
   }
 
-  void run(const ConvRelChunk& chunk) {
-    g.select(chunk.group);
-    taps.pack(false);
-    flipped.pack(true);
-    sums.clear(taps);
+  void run(const ConvRelChunk* chunks, int64_t count) {
     values.clear();
     relative.clear();
     for (int64_t i = 0; i < g.heads.size(); ++i) context_t[i] = grad_context_t[i] = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (chunks[i].group != g.index) {
+        g.select(chunks[i].group);
+        taps.pack(false);
+        flipped.pack(true);
+      }
+      sums.clear(taps);
+      run(chunks[i]);
+    }
+  }
+
+ private:
+  void run(const ConvRelChunk& chunk) {
     for (g.image = chunk.image_begin; g.image < chunk.image_end; ++g.image) {
       sum_grad_context();
       read_state();
@@ -60,7 +69,6 @@ struct Backward {
     sums.write(static_cast<T*>(chunk.grad_weight), static_cast<T*>(chunk.grad_bias));
   }
 
- private:
   // ---------------------------------------------------------------- dA and what follows from it
 
   void sum_grad_context() const {
@@ -68,9 +76,12 @@ struct Backward {
     for (int64_t i = 0; i < g.heads.size(); ++i) grad_context[i] = 0;
     for (int64_t first = 0; first < tokens; first += g.block) {
       const int64_t count = min_of(g.block, tokens - first);
-      g.gather(g.qkv(kQuery, first), g.args.qkv_stride[1], count, queries);
-      g.gather(g.grad_out(first), g.args.grad_out_stride[1], count, grads);
-      g.heads.add_outer(count, queries, grads, grad_context);
+      const int64_t q_token = g.args.qkv_stride[1], grad_token = g.args.grad_out_stride[1];
+      g.prefetch(g.qkv(kQuery, first + count), q_token, count);
+      g.prefetch(g.grad_out(first + count), grad_token, count);
+      const auto q = g.view(g.qkv(kQuery, first), q_token, count, queries);
+      const auto grad = g.view(g.grad_out(first), grad_token, count, grads, !g.heads.exact());
+      g.heads.add_outer(count, q, grad, grad_context);
     }
     for (int64_t i = 0; i < g.heads.size(); i += L) {
       store(grad_context + i, load(grad_context + i) * (T)g.args.scale);
@@ -78,46 +89,45 @@ struct Backward {
   }
 
   void read_state() const {
-    const int64_t dim = g.heads.dim;
+    const int64_t dim = g.heads.dim, width = dim + 2;
     for (int64_t h = 0; h < g.heads.count; ++h) {
       const T* state = g.state(h);
-      for (int64_t i = 0; i < dim; ++i, state += dim + 2) {
+      for (int64_t i = 0; i < dim; ++i) {
         const T* grad = grad_context + g.heads.at(h, i, 0);
-        T sum = 0;
-        for (int64_t j = 0; j < dim; ++j) {
-          const int64_t turned = g.heads.at(h, j, i);
-          sum += grad[j] * state[j];
-          context_t[turned] = state[j] * (T)g.args.scale;
-          grad_context_t[turned] = grad[j];
+        vec<T> sum{};
+        for (int64_t j = 0; j < dim; j += L) {
+          sum += load_n(grad + j, dim - j) * load_n(state + i * width + j, dim - j);
         }
-        delta[h * dim + i] = sum;
-        maximum[h * dim + i] = state[dim];
-        inverse[h * dim + i] = state[dim + 1];
+        delta[h * dim + i] = sum_lanes(sum);
+        maximum[h * dim + i] = state[i * width + dim];
+        inverse[h * dim + i] = state[i * width + dim + 1];
       }
+      g.heads.transpose_head(h, grad_context + g.heads.at(h, 0, 0), g.heads.columns * L, (T)1,
+                             grad_context_t);
+      g.heads.transpose_head(h, state, width, (T)g.args.scale, context_t);
     }
   }
 
   // ---------------------------------------------------------------- gradients of tokens
 
-  // `grads` and `keys` of tokens [first, first + count).
-  void gather_tokens(int64_t first, int64_t count) const {
-    g.gather(g.grad_out(first), g.args.grad_out_stride[1], count, grads);
-    g.gather(g.qkv(kKey, first), g.args.qkv_stride[1], count, keys);
-    for (int64_t z = 0; z < g.vectors; ++z) {
-      const auto top = load(maximum + z * L), scale = load(inverse + z * L);
-      for (int64_t t = 0; t < count; ++t) {
-        T* key = keys + t * g.stride + z * L;
-        store(key, exp2_nonpositive((load(key) - top) * (T)kLog2e) * scale);
-      }
-    }
+  // keys = P of tokens [first, first + count), whose G it returns.
+  TokenView<T> take_tokens(int64_t first, int64_t count) const {
+    g.for_vectors(g.qkv(kKey, first), g.args.qkv_stride[1], count,
+                  [&](int64_t z, int64_t t, auto k) XATTN_LAMBDA_INLINE {
+                    const auto e = exp2_for<S>((k - load(maximum + z * L)) * (T)kLog2e);
+                    store(keys + t * g.stride + z * L, e * load(inverse + z * L));
+                  });
+    return g.view(g.grad_out(first), g.args.grad_out_stride[1], count, grads);
   }
 
   // Writes part `part` of grad_qkv of `count` tokens: value(z, t) is vector z of token t.
   template <class F>
   XATTN_MEMBER void write(int part, int64_t first, int64_t count, F value) const {
-    for (int64_t t = 0; t < count; ++t) {
-      S* to = g.grad_qkv(part, first + t);
-      for (int64_t z = 0; z < g.vectors; ++z) g.put(to, z, value(z, t * g.stride + z * L));
+    S* to = g.grad_qkv(part, first);
+    for (int64_t z = 0; z < g.vectors; ++z) {
+      for (int64_t t = 0; t < count; ++t) {
+        g.put(to + t * 3 * g.args.channels(), z, value(z, t * g.stride + z * L));
+      }
     }
   }
   void write_product(int part, int64_t first, int64_t count) const {
@@ -125,22 +135,22 @@ struct Backward {
           [&](int64_t, int64_t at) XATTN_LAMBDA_INLINE { return load(product + at); });
   }
 
-  // dK of tokens whose v is `value` and whose P begins at keys + at.
-  void write_keys(int64_t first, int64_t count, const T* value, int64_t at) const {
-    g.heads.multiply(count, value, grad_context_t, product);
+  // dK of the tokens of `keys`.
+  void write_keys(int64_t first, int64_t count) const {
+    const auto v = g.view(g.qkv(kValue, first), g.args.qkv_stride[1], count, queries);
+    g.heads.multiply(count, v, grad_context_t, product);
     write(kKey, first, count, [&](int64_t z, int64_t i) XATTN_LAMBDA_INLINE {
-      return load(keys + at + i) * (load(product + i) - load(delta + z * L));
+      return load(keys + i) * (load(product + i) - load(delta + z * L));
     });
   }
 
   void prefix_gradients(int64_t first, int64_t count) const {
-    gather_tokens(first, count);
-    g.heads.multiply(count, grads, context_t, product);
+    const TokenView<T> grad = take_tokens(first, count);
+    g.heads.multiply(count, grad, context_t, product);
     write_product(kQuery, first, count);
-    g.heads.multiply(count, keys, grad_context, product);
+    g.heads.multiply(count, {keys, g.stride}, grad_context, product);
     write_product(kValue, first, count);
-    g.gather(g.qkv(kValue, first), g.args.qkv_stride[1], count, queries);
-    write_keys(first, count, queries, 0);
+    write_keys(first, count);
   }
 
   // ---------------------------------------------------------------- gradients of the image
@@ -150,27 +160,19 @@ struct Backward {
     for (int64_t y = 0; y < g.args.height; y += g.rows) {
       const int64_t count = min_of(g.rows, g.args.height - y), width = g.args.width;
       for (; ready < min_of(g.args.height, y + count + values.margin); ++ready) add_row(ready);
-      gather_tokens(g.token_of(y), count * width);
-      g.heads.multiply(count * width, grads, context_t, product);
-      if (taps.count()) {
-        for (int64_t i = 0; i < count; ++i) {
-          add_convolution(kQuery, taps, values, y + i, i * width * g.stride, grads);
-        }
-      } else {
-        write_product(kQuery, g.token_of(y), count * width);
+      const TokenView<T> grad = take_tokens(g.token_of(y), count * width);
+      g.heads.multiply(count * width, grad, context_t, product);
+      if (taps.count() == 0) write_product(kQuery, g.token_of(y), count * width);
+      for (int64_t i = 0; taps.count() && i < count; ++i) {
+        add_to_queries(y + i, {product + i * width * g.stride, g.stride}, grad.from(i * width));
       }
-      g.heads.multiply(count * width, keys, grad_context, product);
-      if (taps.count()) {
-        for (int64_t i = 0; i < count; ++i) {
-          add_convolution(kValue, flipped, relative, y + i, i * width * g.stride, nullptr);
-        }
-      } else {
-        write_product(kValue, g.token_of(y), count * width);
+      g.heads.multiply(count * width, {keys, g.stride}, grad_context, product);
+      if (taps.count() == 0) write_product(kValue, g.token_of(y), count * width);
+      for (int64_t i = 0; taps.count() && i < count; ++i) {
+        add_to_values(y + i, {product + i * width * g.stride, g.stride});
+        sums.add_row(values, relative, y + i);
       }
-      for (int64_t i = 0; i < count; ++i) {
-        write_keys(g.token_of(y + i), width, values.row(y + i), i * width * g.stride);
-        if (taps.count()) sums.add_row(values, relative, y + i);
-      }
+      write_keys(g.token_of(y), count * width);
     }
   }
 
@@ -179,34 +181,48 @@ struct Backward {
     const int64_t first = g.token_of(y), width = g.args.width;
     g.gather(g.qkv(kValue, first), g.args.qkv_stride[1], width, values.row(y));
     if (!taps.count()) return;
+    const S* grad = g.grad_out(first);
     T* row = relative.row(y);
-    g.gather(g.qkv(kQuery, first), g.args.qkv_stride[1], width, row);
-    g.gather(g.grad_out(first), g.args.grad_out_stride[1], width, grads);
-    for (int64_t z = 0; z < g.vectors; ++z) {
-      for (int64_t x = 0; x < width; ++x) {
-        T* at = row + x * g.stride + z * L;
-        store(at, load(at) * load(grads + x * g.stride + z * L));
-      }
-    }
+    g.for_vectors(g.qkv(kQuery, first), g.args.qkv_stride[1], width,
+                  [&](int64_t z, int64_t x, auto q) XATTN_LAMBDA_INLINE {
+                    const S* at = grad + x * g.args.grad_out_stride[1] + z * L;
+                    store(row + x * g.stride + z * L, q * load_n(at, g.channels - z * L));
+                  });
     sums.add_bias_row(relative, y);
   }
 
-  // product + conv(image) * factor (or 1) of image row y, whose product begins at `at`.
-  void add_convolution(int part, const GroupTaps<S>& by, const PaddedRows<T>& image, int64_t y,
-                       int64_t at, const T* factor) const {
-    const int64_t token = 3 * g.args.channels();
-    S* out = g.grad_qkv(part, g.token_of(y));
+  // dQ = sum + G * (conv(v) + b) of image row y. What later rows read and write is asked for here
+  // and below, where the arithmetic hides the memory.
+  void add_to_queries(int64_t y, TokenView<T> sum, TokenView<T> grad) const {
+    const int64_t token = g.args.qkv_stride[1], written = 3 * g.args.channels();
+    const int64_t later = g.token_of(y + g.rows + values.margin);
+    const S *next_q = g.qkv(kQuery, later), *next_v = g.qkv(kValue, later);
+    S* out = g.grad_qkv(kQuery, g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
-      const T *sum = product + at + z * L, *times = factor + at + z * L;
-      if (factor) {
-        by.convolve(image, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
-          g.put(out + x * token, z, load(sum + x * g.stride) + load(times + x * g.stride) * conv);
-        });
-      } else {
-        by.convolve(image, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
-          g.put(out + x * token, z, load(sum + x * g.stride) + conv);
-        });
-      }
+      taps.convolve(values, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
+        prefetch_line(next_q + x * token + z * L);
+        prefetch_line(next_v + x * token + z * L);
+        prefetch_to_write(out + (x + g.args.width) * written + z * L);
+        g.put(out + x * written, z, g.get(sum, x, z) + g.get(grad, x, z) * conv);
+      });
+    }
+  }
+
+  // dV = sum + transposed conv(E) of image row y.
+  void add_to_values(int64_t y, TokenView<T> sum) const {
+    const int64_t token = g.args.qkv_stride[1], written = 3 * g.args.channels();
+    const int64_t grad_token = g.args.grad_out_stride[1];
+    const S* next_grad = g.grad_out(g.token_of(y + g.rows + values.margin));
+    const S* next_k = g.qkv(kKey, g.token_of(y + g.rows));
+    S* out = g.grad_qkv(kValue, g.token_of(y));
+    for (int64_t z = 0; z < g.vectors; ++z) {
+      flipped.convolve(relative, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
+        prefetch_line(next_grad + x * grad_token + z * L);
+        prefetch_line(next_k + x * token + z * L);
+        prefetch_to_write(out + (x + g.args.width) * written + z * L);
+        prefetch_to_write(out + x * written - g.args.channels() + z * L);  // dK
+        g.put(out + x * written, z, g.get(sum, x, z) + conv);
+      });
     }
   }
 };

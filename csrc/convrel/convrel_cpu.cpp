@@ -76,19 +76,14 @@ struct ConvRelCall {
     args.conv = table.weights(weight, bias);
   }
 
-  // Heads enough to fill cache lines, and more while an image's share of q, k and v stays in the
-  // second-level cache and there are units enough for many cores.
+  // The fewest heads that fill whole cache lines, or all; fewer where units would be few.
   int64_t choose_group() const {
-    constexpr int64_t kLine = 64, kCache = 640 << 10, kUnits = 16;
+    constexpr int64_t kLine = 64, kUnits = 16;
     const int64_t value = args.dtype == Dtype::kFloat64 ? 8 : args.dtype == Dtype::kFloat32 ? 4 : 2;
     int64_t best = 1;
-    for (int64_t heads = 1; heads <= args.heads; ++heads) {
-      if (args.heads % heads != 0) continue;
-      const int64_t bytes = heads * args.head_dim * value;
-      const bool broken_lines = best * args.head_dim * value % kLine != 0;
-      const bool fits = 3 * bytes * args.tokens() <= kCache && bytes <= 4 * kLine;
-      if (args.batch * (args.heads / heads) < kUnits && heads > 1) break;
-      if (broken_lines || fits) best = heads;
+    for (int64_t heads = 2; heads <= args.heads; ++heads) {
+      if (best * args.head_dim * value % kLine == 0) break;
+      if (args.heads % heads == 0 && args.batch * (args.heads / heads) >= kUnits) best = heads;
     }
     return best;
   }
@@ -102,8 +97,8 @@ std::tuple<Tensor, Tensor> convrel_fwd(Tensor qkv, Tensor conv_weight,
                    {windows, channels, heads, grid_h, grid_w, prefix, scale});
   ConvRelArgs& a = call.args;
   Tensor out = empty_for(call.qkv, {a.batch, a.tokens(), a.channels()});
-  Tensor state = torch::stable::new_empty(
-      call.qkv, Ints{a.batch, a.heads, a.head_dim, a.head_dim + 2}, compute_type(call.qkv));
+  Tensor state = empty_for(call.qkv, Ints{a.batch, a.heads, a.head_dim, a.head_dim + 2},
+                           compute_type(call.qkv));
   a.out = out.mutable_data_ptr();
   a.state = state.mutable_data_ptr();
 
@@ -144,9 +139,10 @@ std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tens
   const int64_t bytes = kernels.backward_scratch(a);
   WeightGradients gradients(call.qkv, a.batch, a.groups(), call.weight.numel(),
                             call.bias.has_value() ? a.channels() : 0);
-  gradients.for_chunks<ConvRelChunk>(
-      a.batch, a.groups(), bytes,
-      [&](const ConvRelChunk& chunk, void* scratch) { kernels.backward(a, chunk, scratch); });
+  gradients.for_chunks<ConvRelChunk>(a.batch, a.groups(), bytes,
+                                     [&](const ConvRelChunk* chunks, int64_t count, void* scratch) {
+                                       kernels.backward(a, chunks, count, scratch);
+                                     });
   return {grad_qkv, gradients.weight(), gradients.bias()};
 }
 

@@ -29,9 +29,10 @@ void forward(const ConvRelArgs& a, int64_t begin, int64_t end, void* scratch) {
     Forward<typename decltype(type)::type>(a, scratch).run(begin, end);
   });
 }
-void backward(const ConvRelArgs& a, const ConvRelChunk& chunk, void* scratch) {
-  with_storage(a.dtype,
-               [&](auto type) { Backward<typename decltype(type)::type>(a, scratch).run(chunk); });
+void backward(const ConvRelArgs& a, const ConvRelChunk* chunks, int64_t count, void* scratch) {
+  with_storage(a.dtype, [&](auto type) {
+    Backward<typename decltype(type)::type>(a, scratch).run(chunks, count);
+  });
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ struct ContextPass {
   using T = typename ComputeOf<S>::type;
   static constexpr int L = Lanes<T>::n;
   const Group<S>& g;
-  T *keys, *values;    // of a block: e^(k - maximum), v
+  T *keys, *values;    // of a block: e^(k - maximum), v where it is copied
   T *maximum, *total;  // [stride]
   T* factor;           // [stride]: what a raised maximum leaves of the sums
   T* context;          // [heads][D][columns of a head]
@@ -52,8 +52,9 @@ struct ContextPass {
     find_maximum(k, token, count);
     raise_maximum();
     add_exponentials(k, token, count);
-    g.gather(g.qkv(kValue, first), token, count, values);
-    g.heads.add_outer(count, keys, values, context);
+    // Where the last head's vectors end beyond it, v may not be read in place.
+    const auto v = g.view(g.qkv(kValue, first), token, count, values, !g.heads.exact());
+    g.heads.add_outer(count, {keys, g.stride}, v, context);
   }
 
   // factor = the larger of `maximum` and the block's.
@@ -63,7 +64,6 @@ struct ContextPass {
       auto top = load(maximum + z * L);
       for (int64_t t = 0; t < count; ++t) {
         const S* at = k + t * token + z * L;
-        prefetch_line(at + count * token);
         top = vmax(top, whole ? load(at) : load_n(at, g.channels - z * L));
       }
       store(factor + z * L, top);
@@ -78,8 +78,10 @@ struct ContextPass {
       vec<T> sum{};
       for (int64_t t = 0; t < count; ++t) {
         const S* at = k + t * token + z * L;
+        prefetch_line(at + count * token);  // the next block's k and v
+        prefetch_line(at + count * token + g.args.channels());
         const auto key = whole ? load(at) : load_n(at, g.channels - z * L);
-        const auto e = exp2_nonpositive((key - top) * (T)kLog2e);
+        const auto e = exp2_for<S>((key - top) * (T)kLog2e);
         store(keys + t * g.stride + z * L, e);
         sum += e;
       }
@@ -123,7 +125,7 @@ struct Forward {
   ContextPass<S> context;
   GroupTaps<S> taps;
   PaddedRows<T> values;
-  T *queries, *mixed;  // of some tokens: q, and scale * q (softmax(K)^T V)
+  T *queries, *mixed;  // of some tokens: q where it is copied, and scale * q (softmax(K)^T V)
   int64_t bytes;
 
   Forward(const ConvRelArgs& a, void* memory) : Forward(a, Arena(memory), memory) {}
@@ -160,10 +162,11 @@ struct Forward {
     }
   }
 
-  // `queries` and `mixed` of tokens [first, first + count).
-  void mix(int64_t first, int64_t count) const {
-    g.gather(g.qkv(kQuery, first), g.args.qkv_stride[1], count, queries);
-    g.heads.multiply(count, queries, context.context, mixed);
+  // `mixed` of tokens [first, first + count), whose q it returns.
+  TokenView<T> mix(int64_t first, int64_t count) const {
+    const auto q = g.view(g.qkv(kQuery, first), g.args.qkv_stride[1], count, queries);
+    g.heads.multiply(count, q, context.context, mixed);
+    return q;
   }
 
   void mix_prefix() const {
@@ -175,9 +178,10 @@ struct Forward {
   }
 
   void write(int64_t first, int64_t count) const {
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t z = 0; z < g.vectors; ++z) {
-        g.put(g.out(first + t), z, load(mixed + t * g.stride + z * L));
+    S* to = g.out(first);
+    for (int64_t z = 0; z < g.vectors; ++z) {
+      for (int64_t t = 0; t < count; ++t) {
+        g.put(to + t * g.args.channels(), z, load(mixed + t * g.stride + z * L));
       }
     }
   }
@@ -186,7 +190,7 @@ struct Forward {
     int64_t ready = 0;  // rows of v in scratch
     for (int64_t y = 0; y < g.args.height; y += g.rows) {
       const int64_t count = min_of(g.rows, g.args.height - y);
-      mix(g.token_of(y), count * g.args.width);
+      const TokenView<T> q = mix(g.token_of(y), count * g.args.width);
       if (taps.count() == 0) {
         write(g.token_of(y), count * g.args.width);
         continue;
@@ -195,18 +199,26 @@ struct Forward {
         g.gather(g.qkv(kValue, g.token_of(ready)), g.args.qkv_stride[1], g.args.width,
                  values.row(ready));
       }
-      for (int64_t i = 0; i < count; ++i) add_relative(y + i, i * g.args.width * g.stride);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = i * g.args.width;
+        add_relative(y + i, q.from(first), {mixed + first * g.stride, g.stride});
+      }
     }
   }
 
-  // out = mixed + q * conv(v) for one image row, whose q and mixed begin at `at`.
-  void add_relative(int64_t y, int64_t at) const {
+  // out = sum + q * conv(v) for one image row. What the next rows read and write is asked for here,
+  // where the arithmetic hides the memory.
+  void add_relative(int64_t y, TokenView<T> q, TokenView<T> sum) const {
+    const int64_t token = g.args.qkv_stride[1], channels = g.args.channels();
+    const S* next_q = g.qkv(kQuery, g.token_of(y + g.rows));
+    const S* next_v = g.qkv(kValue, g.token_of(y + g.rows + values.margin));
     S* out = g.out(g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
-      const T *q = queries + at + z * L, *m = mixed + at + z * L;
       taps.convolve(values, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
-        const auto sum = load(m + x * g.stride) + load(q + x * g.stride) * conv;
-        g.put(out + x * g.args.channels(), z, sum);
+        prefetch_line(next_q + x * token + z * L);
+        prefetch_line(next_v + x * token + z * L);
+        prefetch_to_write(out + (x + g.args.width) * channels + z * L);
+        g.put(out + x * channels, z, g.get(sum, x, z) + g.get(q, x, z) * conv);
       });
     }
   }

@@ -5,6 +5,7 @@
 // heads of half a vector are taken together instead, each row of their matrices in one vector.
 #pragma once
 
+#include "common/channel_group.h"
 #include "common/loops.h"
 #include "common/tiles.h"
 
@@ -55,19 +56,26 @@ struct Heads {
     return paired ? (h / 2 * dim + i) * L + h % 2 * kHalf + j : (h * dim + i) * columns * L + j;
   }
 
+  // Whether a head's vectors end where the head ends.
+  bool exact() const { return paired || dim % L == 0; }
+
   // sums(h)[i][:] += sum over t of left[t][i] * right[t][:].
-  void add_outer(int64_t tokens, const T* left, const T* right, T* sums) const {
+  void add_outer(int64_t tokens, TokenView<T> left, TokenView<T> right, T* sums) const {
     if (paired) return add_outer_pairs(tokens, left, right, sums);
     for (int64_t h = 0; h < count; ++h) {
-      add_outer_of(tokens, left + h * dim, right + h * dim, sums + at(h, 0, 0));
+      add_outer_of(tokens, left, right, sums + at(h, 0, 0));
+      left.data += dim;
+      right.data += dim;
     }
   }
 
-  // out[t][:] = sum over i of in[t][i] * matrices(h)[i][:]; `out` is another array than `in`.
-  void multiply(int64_t tokens, const T* in, const T* matrices, T* out) const {
+  // out[t][:] = sum over i of in[t][i] * matrices(h)[i][:]; `out`, tokens of `stride`, is another
+  // array than `in`.
+  void multiply(int64_t tokens, TokenView<T> in, const T* matrices, T* out) const {
     if (paired) return multiply_pairs(tokens, in, matrices, out);
     for (int64_t h = 0; h < count; ++h) {
-      multiply_one(tokens, in + h * dim, matrices + at(h, 0, 0), out + h * dim);
+      multiply_one(tokens, in, matrices + at(h, 0, 0), out + h * dim);
+      in.data += dim;
     }
   }
 
@@ -86,8 +94,24 @@ struct Heads {
     }
   }
 
+  // to(h)[j][i] = from[i][j] * factor, where the rows of `from` are `row` values apart.
+  void transpose_head(int64_t h, const T* from, int64_t row, T factor, T* to) const {
+    for (int64_t i = 0; i < dim; i += L) {
+      for (int64_t j = 0; j < dim; j += L) {
+        vec<T> square[L];
+        XATTN_UNROLL
+        for (int r = 0; r < L; ++r) {
+          square[r] = i + r < dim ? load_n(from + (i + r) * row + j, dim - j) * factor : vec<T>{};
+        }
+        transpose(square);
+        const int64_t rows = min_of<int64_t>(L, dim - j);
+        for (int64_t r = 0; r < rows; ++r) store_n(to + at(h, j + r, i), square[r], dim - i);
+      }
+    }
+  }
+
  private:
-  __attribute__((noinline)) void add_outer_of(int64_t tokens, const T* left, const T* right,
+  __attribute__((noinline)) void add_outer_of(int64_t tokens, TokenView<T> left, TokenView<T> right,
                                               T* sums) const {
     const int64_t row = columns * L;
     for_columns<kMostColumns, 1>(columns, [&](auto size, int64_t c) XATTN_LAMBDA_INLINE {
@@ -95,7 +119,8 @@ struct Heads {
       for_columns<kTileRows<C>, 1>(dim, [&](auto rows, int64_t i) XATTN_LAMBDA_INLINE {
         constexpr int R = decltype(rows)::value;
         vec<T> tile[R][C] = {};
-        tile_broadcast<Single<T>>(tile, left + i, 1, stride, right + c * L, stride, L, tokens);
+        tile_broadcast<Single<T>>(tile, left.data + i, 1, left.stride, right.data + c * L,
+                                  right.stride, L, tokens);
         XATTN_UNROLL
         for (int r = 0; r < R; ++r) {
           XATTN_UNROLL
@@ -108,7 +133,7 @@ struct Heads {
     });
   }
 
-  __attribute__((noinline)) void multiply_one(int64_t tokens, const T* in, const T* matrix,
+  __attribute__((noinline)) void multiply_one(int64_t tokens, TokenView<T> in, const T* matrix,
                                               T* out) const {
     const int64_t row = columns * L;
     for_columns<kMostColumns, 1>(columns, [&](auto size, int64_t c) XATTN_LAMBDA_INLINE {
@@ -116,7 +141,8 @@ struct Heads {
       for_columns<kTileRows<C>, 1>(tokens, [&](auto rows, int64_t t) XATTN_LAMBDA_INLINE {
         constexpr int R = decltype(rows)::value;
         vec<T> tile[R][C] = {};
-        tile_broadcast<Single<T>>(tile, in + t * stride, stride, 1, matrix + c * L, row, L, dim);
+        tile_broadcast<Single<T>>(tile, in.data + t * in.stride, in.stride, 1, matrix + c * L, row,
+                                  L, dim);
         XATTN_UNROLL
         for (int r = 0; r < R; ++r) {
           XATTN_UNROLL
@@ -144,27 +170,28 @@ struct Heads {
     }
   }
 
-  __attribute__((noinline)) void add_outer_pairs(int64_t tokens, const T* left, const T* right,
-                                                 T* sums) const {
-    for (int64_t pair = 0; pair < count / 2; ++pair, left += L, right += L, sums += dim * L) {
+  __attribute__((noinline)) void add_outer_pairs(int64_t tokens, TokenView<T> left,
+                                                 TokenView<T> right, T* sums) const {
+    for (int64_t pair = 0; pair < count / 2; ++pair, sums += dim * L) {
+      const T *a = left.data + pair * L, *b = right.data + pair * L;
       vec<T> acc[kHalf] = {};
       for (int64_t t = 0; t < tokens; ++t) {
-        add_spread(acc, load(left + t * stride), load(right + t * stride));
+        add_spread(acc, load(a + t * left.stride), load(b + t * right.stride));
       }
       XATTN_UNROLL
       for (int i = 0; i < kHalf; ++i) store(sums + i * L, load(sums + i * L) + acc[i]);
     }
   }
 
-  __attribute__((noinline)) void multiply_pairs(int64_t tokens, const T* in, const T* matrices,
+  __attribute__((noinline)) void multiply_pairs(int64_t tokens, TokenView<T> in, const T* matrices,
                                                 T* out) const {
-    for (int64_t pair = 0; pair < count / 2; ++pair, in += L, out += L, matrices += dim * L) {
+    for (int64_t pair = 0; pair < count / 2; ++pair, in.data += L, out += L, matrices += dim * L) {
       vec<T> rows[kHalf];
       XATTN_UNROLL
       for (int i = 0; i < kHalf; ++i) rows[i] = load(matrices + i * L);
       for (int64_t t = 0; t < tokens; ++t) {
         vec<T> acc[2] = {};
-        add_products(acc, load(in + t * stride), rows);
+        add_products(acc, load(in.data + t * in.stride), rows);
         store(out + t * stride, acc[0] + acc[1]);
       }
     }

@@ -96,7 +96,9 @@ const CpsaKernels& kernels_for(const CpsaArgs& a) {
   }
 }
 
-Tensor new_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+Tensor new_like(const Tensor& t) {
+  return empty_for(t, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
+}
 
 Tensor cpsa_fwd(Tensor x, Tensor qkv_weight, OptionalTensor qkv_bias, Tensor proj_weight,
                 OptionalTensor proj_bias, OptionalTensor seed, int64_t patch_h, int64_t patch_w,
@@ -139,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpsa_bwd(
   Tensor grad_x = new_like(in.x);
   const bool empty = grad_x.numel() == 0;
   const auto new_gradient = [&](const OptionalTensor& of, void*& data) {
-    if (!of.has_value()) return new_empty(in.x, {0});
+    if (!of.has_value()) return empty_for(in.x, {0});
     Tensor grad = new_like(*of);
     if (empty) torch::stable::zero_(grad);
     data = grad.mutable_data_ptr();

@@ -21,7 +21,11 @@ CASES = {  # operator -> the lists that hold its cases
     "convrel": ("convrel", "CASES"),
     "convpos": ("convrel", "POSITION_CASES"),
     "clsattn": ("clsattn", "CASES", "DROPOUT"),
+    "digest": ("digest", "CASES", "DROPOUT"),
 }
+# glibc fills what malloc returns with bytes 0x7f, a huge number or NaN in every format: so the
+# kernels' scratch memory, which torch does not see, is poisoned as well.
+POISON = {"MALLOC_PERTURB_": "128"}
 SMALL_MATRIX = {
     "ipsa": [
         "padded_9x16",
@@ -77,6 +81,18 @@ SMALL_MATRIX = {
         "dropout",
         "dropout_odd",
     ],
+    "digest": [
+        "cabvit_stage4",
+        "prefix_2",
+        "nothing",
+        "one_token_one_digest",
+        "tall_37x2",
+        "two_chunks",
+        "split_queries",
+        "head_dim_33",
+        "dropout_prefix",
+        "dropout_two_chunks",
+    ],
 }
 
 
@@ -84,7 +100,10 @@ def check_isa(operator: str, isa: str) -> None:
     """Skips where this processor has no such instructions."""
     served = subprocess.run(
         [sys.executable, "-m", "support.isa", operator],
-        env=os.environ | {"XATTN_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path), **ONE_THREAD},
+        env=os.environ
+        | {"XATTN_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+        | ONE_THREAD
+        | POISON,
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -7,25 +7,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support import clsattn, convrel, cpsa, ipsa
+from support import clsattn, convrel, cpsa, digest, ipsa
 from support.cases import BACKENDS, Case
 from xattn_ops import (
     ClsCrossAttention,
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
+    DigestAttention,
     InnerPatchAttention,
 )
 
 OPERATORS = {
     "ipsa": ipsa.SMALL,
     "cpsa": cpsa.SMALL,
+    "digest": digest.SMALL,
     "convrel": convrel.SMALL,
     "convpos": convrel.SMALL_POSITION,
     "clsattn": clsattn.SMALL,
 }
 WITH_DROPOUT = {
-    name: OPERATORS[name].with_options(dropout_p=0.4) for name in ("ipsa", "cpsa", "clsattn")
+    name: OPERATORS[name].with_options(dropout_p=0.4)
+    for name in ("ipsa", "cpsa", "digest", "clsattn")
 }
 
 
@@ -39,7 +42,10 @@ class OnMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = torch.cat([x.mean((1, 2))[:, None], x.flatten(1, 2)], 1)
         grid = x.shape[1], x.shape[2]
-        return self.module(tokens, grid)[:, 1:].unflatten(1, grid)
+        return self.attend(tokens, grid)[:, 1:].unflatten(1, grid)
+
+    def attend(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.module(tokens, grid)
 
 
 class OfCls(nn.Module):
@@ -55,15 +61,27 @@ class OfCls(nn.Module):
         return self.module(cls, x.flatten(1, 2), self.norm)[:, None].expand(x.shape)
 
 
-MODULES: dict[str, Callable[..., nn.Module]] = {  # all take [B, H, W, 8]
+class DigestOnMap(OnMap):
+    """DigestAttention, which has a size of its own, with some of the tokens as digests."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(DigestAttention(8, 2, (5, 8), 4, num_prefix_tokens=1, **options))
+
+    def attend(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.module(tokens, tokens[:, 3::10])
+
+
+MODULES: dict[str, Callable[..., nn.Module]] = {  # all take [B, 5, 8, 8]
     "ipsa": lambda **options: InnerPatchAttention(8, 2, (2, 3), (1, 2), **options),
     "cpsa": lambda **options: CrossPatchAttention((2, 3), **options),
+    "digest": DigestOnMap,
     "convrel": lambda **options: OnMap(
         ConvRelativeAttention(8, 2, windows={3: 1, 5: 1}, **options)
     ),
     "convpos": lambda **options: OnMap(ConvPositionEncoding(8, **options)),
     "clsattn": lambda **options: OfCls(ClsCrossAttention(8, 2, **options)),
 }
+OF_ONE_SIZE = {"digest"}  # modules with a parameter for each token of the map
 
 operators = pytest.mark.parametrize("op", list(OPERATORS))
 droppers = pytest.mark.parametrize("op", list(WITH_DROPOUT))

@@ -14,7 +14,6 @@ from .._registration import (
     apply,
     autocast,
     backward_once,
-    fixed_signature,
     missing,
     register,
 )
@@ -133,7 +132,6 @@ class _ConvRelativeAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @fixed_signature
     def forward(
         qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, options: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
@@ -161,7 +159,6 @@ class _ConvPositionEncoding(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @fixed_signature
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[int, int, int]
     ) -> Tensor:

@@ -14,7 +14,6 @@ from .._registration import (
     apply,
     autocast,
     backward_once,
-    fixed_signature,
     missing,
     register,
 )
@@ -102,7 +101,6 @@ class _CrossPatchAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @fixed_signature
     def forward(
         x: Tensor,
         qkv_weight: Tensor,

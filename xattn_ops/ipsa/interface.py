@@ -14,7 +14,6 @@ from .._registration import (
     apply,
     autocast,
     backward_once,
-    fixed_signature,
     missing,
     register,
 )
@@ -90,7 +89,6 @@ class _InnerPatchAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @fixed_signature
     def forward(
         qkv: Tensor,
         bias_table: Tensor | None,
