@@ -14,7 +14,6 @@ from .._registration import (
     apply,
     autocast,
     backward_once,
-    fixed_signature,
     missing,
     register,
 )
@@ -111,7 +110,6 @@ class _ClsCrossAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @fixed_signature
     def forward(
         cls_token: Tensor,
         patches: Tensor,
