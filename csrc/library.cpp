@@ -61,6 +61,18 @@ STABLE_TORCH_LIBRARY(xattn_ops, m) {
       "grid_w, "
       "int num_prefix_tokens, float scale, float dropout_p) -> (Tensor grad_qkv, "
       "Tensor grad_digest_kv, Tensor grad_bias_table, Tensor grad_digest_bias)");
+  m.def(
+      "clsattn_fwd(Tensor cls_token, Tensor patches, Tensor q_weight, Tensor? q_bias, "
+      "Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor? seed, int num_heads, float eps, float scale, float dropout_p) "
+      "-> (Tensor out, Tensor head_state, Tensor token_state)");
+  m.def(
+      "clsattn_bwd(Tensor grad_out, Tensor cls_token, Tensor patches, Tensor q_weight, "
+      "Tensor? q_bias, Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor head_state, Tensor token_state, Tensor? seed, int num_heads, "
+      "float eps, float scale, float dropout_p) -> (Tensor grad_cls_token, Tensor grad_patches, "
+      "Tensor grad_q_weight, Tensor grad_q_bias, Tensor grad_k_weight, Tensor grad_v_weight, "
+      "Tensor grad_v_bias, Tensor grad_norm_weight, Tensor grad_norm_bias)");
 }
 
 namespace xattn {

@@ -23,10 +23,17 @@ from xattn_ops.models.coat_blocks import (
     Rates,
     SerialBlock,
     as_map,
-    norm_layer,
     relative_term,
 )
-from xattn_ops.models.layers import Linear, PatchEmbed, check_image, image_size, init_weights, run
+from xattn_ops.models.layers import (
+    Linear,
+    PatchEmbed,
+    check_image,
+    image_size,
+    init_weights,
+    norm_layer,
+    run,
+)
 from xattn_ops.models.registry import register
 
 SCALES = (1, 2, 3, 4)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from xattn_ops import ConvPositionEncoding, ConvRelativeAttention, conv_relative_attention
 from xattn_ops._linear import linear
-from xattn_ops.models.layers import DropPath, Mlp, add_mlp
+from xattn_ops.models.layers import DropPath, Mlp, add_mlp, norm_layer, resize
 
 PARALLEL = (2, 3, 4)  # the scales of a parallel group
 
 Grid = tuple[int, int]
-norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 class Rates(NamedTuple):
@@ -127,13 +126,6 @@ def as_map(tokens: Tensor, grid: Grid) -> Tensor:
 def as_tokens(cls: Tensor, image: Tensor) -> Tensor:
     """[B, 1, C] and [B, C, h, w] -> [B, 1 + h w, C]."""
     return torch.cat([cls, image.flatten(2).mT], 1)
-
-
-def resize(image: Tensor, grid: Grid) -> Tensor:
-    """[B, C, h, w] -> [B, C, *grid], bilinear; itself where the size is right already."""
-    if tuple(image.shape[2:]) == grid:
-        return image
-    return F.interpolate(image, size=grid, mode="bilinear", align_corners=False)
 
 
 def add_interpolated(xs: list[Tensor], grids: list[Grid]) -> list[Tensor]:

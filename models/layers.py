@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xattn_ops._linear import linear, mlp
+
+norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -115,6 +118,13 @@ def check_image(image: Tensor) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ValueError(f"image is {list(image.shape)}; its sides must be at least 1")
     return height, width
+
+
+def resize(image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, C, h, w] -> [B, C, *grid], bilinear; itself where the size is right already."""
+    if tuple(image.shape[2:]) == grid:
+        return image
+    return F.interpolate(image, size=grid, mode="bilinear", align_corners=False)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

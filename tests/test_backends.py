@@ -19,6 +19,7 @@ FUNCTIONS = [
     "cross_patch_attention",
     "conv_relative_attention",
     "conv_position_encoding",
+    "cls_cross_attention",
     "digest_attention",
 ]
 functions = pytest.mark.parametrize("function", FUNCTIONS)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import convrel, cpsa, digest, ipsa
+from support import clsattn, convrel, cpsa, digest, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
@@ -77,6 +77,7 @@ OF_SIZE = {  # a case of any batch, rows and columns
     "cpsa": lambda B, H, W: cpsa.cpsa(B, H, W, 8, (2, 3)),
     "convrel": lambda B, H, W: convrel.convrel(B, (H, W), 2, 4, (3, 3), (5, 5)),
     "convpos": lambda B, H, W: convrel.convpos(B, (H, W), 8),
+    "clsattn": lambda B, H, W: clsattn.clsattn(B, H * W, 2, 4),
     "digest": lambda B, H, W: digest.digest(B, (H, W), 2, 4, M=H + 3, prefix=1),
 }
 

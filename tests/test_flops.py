@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from xattn_ops import (
+    ClsCrossAttention,
     ConvRelativeAttention,
     CrossPatchAttention,
     DigestAttention,
@@ -106,6 +107,48 @@ def test_conv_relative_on_an_image_that_is_not_square():
     assert counter.get_total_flops() // 2 == flops.conv_relative(4, 9, 8, 2, {5: 2}) - projections
 
 
+class Pooled(nn.Module):
+    """A module of a CLS token and patches: the mean of the patches stands for the token."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, patches):
+        return self.module(patches.mean(1, keepdim=True), patches, nn.LayerNorm(patches.shape[2]))
+
+
+@pytest.mark.parametrize(
+    ("patches", "dim", "heads"),
+    [
+        pytest.param(400, 192, 6, id="crossvit_15-small"),
+        pytest.param(7, 15, 3, id="odd"),
+        pytest.param(1, 8, 1, id="one-patch"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_formula_equals_count_for_cls_cross(patches, dim, heads, backend):
+    module = Pooled(ClsCrossAttention(dim, heads, backend=backend))
+    counted = flops.count(module, (2, patches, dim))[""]
+    assert counted == 2 * flops.cls_cross(patches, dim)
+
+
+def test_cls_cross_is_linear_in_the_patches():
+    """CrossViT, section 3.3: where self-attention of the same tokens is quadratic."""
+    step = flops.cls_cross(201, 96) - flops.cls_cross(200, 96)
+    assert flops.cls_cross(4001, 96) - flops.cls_cross(4000, 96) == step
+    assert flops.cls_cross(400, 192) == 2 * 402 * 192**2 + 2 * 401 * 192
+
+
+def test_count_knows_torch_s_own_attention():
+    class Attention(nn.Module):
+        def forward(self, x):
+            q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    assert flops.count(Attention(), (3, 7, 8))[""] == 3 * 2 * 7 * 7 * 8
+
+
 class OwnDigests(nn.Module):
     """DigestAttention as a module of one argument: the last tokens are the digests."""
 
@@ -201,6 +244,7 @@ def test_count_restores_the_mode_when_the_model_fails():
             "num_prefix_tokens must not be negative, got -1",
             id="prefix",
         ),
+        pytest.param(lambda: flops.cls_cross(0, 8), "patches must be a positive", id="patches"),
         pytest.param(lambda: flops.digest(49, 8, -1), "digests must not .* got -1", id="digests"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import convrel, cpsa, digest, ipsa
+from support import clsattn, convrel, cpsa, digest, ipsa
 from support.cases import Case, native, run
 from support.operators import (
     MODULES,
@@ -37,6 +37,8 @@ SIZES: dict[str, list[Any]] = {  # what follows the tensors of a leaf op
     "cpsa_dropout": [torch.tensor(9), 2, 3, 1, 0.1, 0.4],
     "convrel": [[3, 5], [3, 5], 2, 5, 8, 1, 0.5],
     "convpos": [5, 8, 1],
+    "clsattn": [None, 2, 1e-6, 0.5, 0.0],
+    "clsattn_dropout": [torch.tensor(9), 2, 1e-6, 0.5, 0.4],
     "digest": [None, 2, 3, 5, 1, 0.5, 0.0],
     "digest_dropout": [torch.tensor(9), 2, 3, 5, 1, 0.5, 0.4],
 }
@@ -51,6 +53,8 @@ def leaf_arguments(kind: str) -> tuple[str, list[Tensor], list[Any]]:
             tensors[0],
             *(torch.cat([t.flatten() for t in tensors[i : i + 2]]) for i in (1, 3)),
         ]
+    if op == "clsattn":
+        del tensors[5]  # k_bias
     return op, tensors, SIZES[kind]
 
 
@@ -81,6 +85,11 @@ def test_opcheck(kind: str) -> None:
         ("cpsa", (2, 4)),
         ("convrel", (2,)),
         ("convpos", (2,)),
+        ("clsattn", (3,)),
+        ("clsattn", (6,)),
+        ("clsattn", (8,)),
+        ("clsattn", (7, 8)),
+        ("clsattn", (3, 6, 7, 8)),
         ("digest", (2,)),
         ("digest", (3,)),
         ("digest", (1, 3)),
@@ -147,9 +156,14 @@ def test_second_derivative_of_the_reference(op: str) -> None:
     assert tensors[0].grad.abs().max() > 0
 
 
-# conv_relative_attention keeps its weights and biases in a row, and D x (D + 2) for each head
-# digest_attention keeps the largest logit and the sum of each softmax row
-KEPT = {"convrel": [3 * 9 + 5 * 25, 8, 2 * 2 * 4 * 6], "digest": [2 * 2 * 16 * 2]}
+# conv_relative_attention keeps its weights and biases in a row, and D x (D + 2) for each head;
+# cls_cross_attention D + 2 C for each head, and a weight of each head and the LayerNorm's mean and
+# deviation for each token; digest_attention the largest logit and the sum of each softmax row
+KEPT = {
+    "convrel": [3 * 9 + 5 * 25, 8, 2 * 2 * 4 * 6],
+    "clsattn": [2 * 2 * (4 + 2 * 8), 2 * (2 + 2) * 8],
+    "digest": [2 * 2 * 16 * 2],
+}
 
 
 @native
@@ -226,6 +240,10 @@ def test_checkpoint_recomputes_the_same(op: str, backend: str) -> None:
         pytest.param(
             convrel.SMALL_POSITION, 2 * 2 * 40 * 8 * 9, 2 * 2 * 2 * 40 * 8 * 9, id="convpos"
         ),
+        # 2 images of 8 tokens: 17 projections of 8 x 8, 2 products of 8 x 8; twice that backward
+        pytest.param(
+            clsattn.SMALL, 2 * 2 * (17 * 64 + 2 * 64), 4 * 2 * (17 * 64 + 2 * 64), id="clsattn"
+        ),
         # 2 images x 16 tokens x 19 keys x 8 channels; 2 products, then 5
         pytest.param(digest.SMALL, 4 * 2 * 16 * 19 * 8, 10 * 2 * 16 * 19 * 8, id="digest"),
     ],
@@ -250,6 +268,7 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
         pytest.param(convrel.SMALL, id="convrel"),
         pytest.param(convrel.convrel(2, (4, 3), 2, 4), id="convrel_without_relative_term"),
         pytest.param(convrel.SMALL_POSITION, id="convpos"),
+        pytest.param(clsattn.SMALL, id="clsattn"),
         pytest.param(digest.SMALL, id="digest"),
         pytest.param(digest.digest(2, (3, 5), 2, 4), id="digest_without_digests"),
     ],

@@ -2,6 +2,7 @@
 
 from ._backend import available_backends, explain
 from ._version import __version__
+from .clsattn import ClsCrossAttention, cls_cross_attention
 from .convrel import (
     ConvPositionEncoding,
     ConvRelativeAttention,
@@ -13,6 +14,7 @@ from .digest import DigestAttention, digest_attention
 from .ipsa import InnerPatchAttention, inner_patch_attention
 
 __all__ = [
+    "ClsCrossAttention",
     "ConvPositionEncoding",
     "ConvRelativeAttention",
     "CrossPatchAttention",
@@ -20,6 +22,7 @@ __all__ = [
     "InnerPatchAttention",
     "__version__",
     "available_backends",
+    "cls_cross_attention",
     "conv_position_encoding",
     "conv_relative_attention",
     "cross_patch_attention",

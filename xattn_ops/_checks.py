@@ -192,6 +192,15 @@ def scale(value: Any, head_dim: int) -> float:
     return float(value)
 
 
+def nonnegative(name: str, value: Any) -> float:
+    """A number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return float(value)
+
+
 def probability(name: str, value: Any) -> float:
     """A number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -6,6 +6,7 @@ the matrix products alone (no softmax, no bias, no normalisation), and so does t
 CAT: "CAT: Cross Attention in Vision Transformer", arXiv:2106.05786.
 CoaT: "Co-Scale Conv-Attentional Image Transformers", arXiv:2104.06399.
 CabViT: "CabViT: Cross Attention among Blocks for Vision Transformer", Zhang, Hu and Wang.
+CrossViT: "Cross-Attention Multi-Scale Vision Transformer", arXiv:2103.14899.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-__all__ = ["conv_relative", "count", "cpsa", "digest", "ipsa", "msa"]
+__all__ = ["cls_cross", "conv_relative", "count", "cpsa", "digest", "ipsa", "msa"]
 
 
 def msa(height: int, width: int, channels: int) -> int:
@@ -120,6 +121,25 @@ def conv_relative(
     return 4 * tokens * channels**2 + 2 * tokens * channels * head_dim + height * width * taps
 
 
+def cls_cross(patches: int, channels: int) -> int:
+    """MACs of CLS-query cross attention: 2 (N + 2) C^2 + 2 (N + 1) C (CrossViT eq. 6).
+
+    The first term is the projections: q and the output of one token, k and v of N + 1. The second
+    is q k^T and the product with v, linear in N where self-attention is quadratic. The number of
+    heads does not enter. This is the algorithm of the paper; a kernel that absorbs the projections
+    executes about 4 C^2 + 2 (N + 1) C h with h heads.
+
+    Args:
+        patches: N, tokens besides CLS.
+        channels: width of a token.
+
+    Returns:
+        MACs of one image. ``cls_cross(400, 192)`` is 30 M.
+    """
+    _check_sizes(patches=patches, channels=channels)
+    return 2 * (patches + 2) * channels**2 + 2 * (patches + 1) * channels
+
+
 def digest(tokens: int, channels: int, digests: int = 0) -> int:
     """MACs of digest attention: 4 n C^2 + 2 n (n + m) C + 2 m C^2 (CabViT 3.3, eq. 1-4).
 
@@ -147,7 +167,8 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
     Runs the model once, in eval mode and without gradients, on zeros of the parameters' device and
     dtype, under :class:`torch.utils.flop_counter.FlopCounterMode`; MACs are its FLOPs halved.
-    Matrix products and convolutions are counted, and every operator that registered a formula.
+    Matrix products, convolutions and torch's attention are counted, and every operator that
+    registered a formula.
 
     Args:
         model: any module that takes one tensor.
@@ -162,7 +183,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as mode:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_SDPA) as mode:
             model(image)
     finally:
         for module in was_training:
@@ -173,6 +194,14 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
         if name.startswith(prefix):
             macs[name.removeprefix(prefix)] = sum(by_op.values()) // 2
     return macs
+
+
+# torch's counter knows its attention on CUDA, not the one on the CPU
+_SDPA = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *args, out_shape=None, **options: sdpa_flop_count(q, k, v)
+    )
+}
 
 
 def _round_up(size: int, step: int) -> int:

@@ -14,6 +14,7 @@ from xattn_ops import (
     _library,
     _linear,
     available_backends,
+    cls_cross_attention,
     conv_position_encoding,
     conv_relative_attention,
     cross_patch_attention,
@@ -92,11 +93,13 @@ def _samples(device: str) -> list[tuple[Callable[..., Any], tuple[Any, ...], dic
     x, qkv = torch.zeros(1, 7, 7, 1, device=device), torch.zeros(1, 7, 7, 3, device=device)
     wide, narrow = torch.zeros(147, 49, device=device), torch.zeros(49, 49, device=device)
     tokens, kernel = torch.zeros(1, 2, 3, device=device), torch.zeros(3, 1, 3, 3, device=device)
+    token, one = torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, device=device)
     return [
         (inner_patch_attention, (qkv,), {"num_heads": 1}),
         (cross_patch_attention, (x, wide, None, narrow, None), {}),
         (conv_relative_attention, (tokens, []), {"num_heads": 1, "grid": (1, 1)}),
         (conv_position_encoding, (tokens, kernel), {"grid": (1, 1)}),
+        (cls_cross_attention, (token, token, *[one, None] * 3), {"num_heads": 1}),
         (digest_attention, (qkv[:, 0],), {"num_heads": 1, "grid": (1, 7)}),
     ]
 

@@ -6,10 +6,12 @@ no formulation pays for padding that it would not need.
 
 ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
+clsattn             CrossViT's
 modules             our modules with the official formulations inside, for blocks and whole models
 plain               what they share
 """
 
+from xattn_ops.benchmarks.baselines.clsattn import cls_absorbed, cls_eager, cls_sdpa
 from xattn_ops.benchmarks.baselines.convpos import convpos_eager, convpos_nhwc
 from xattn_ops.benchmarks.baselines.convrel import convrel_eager, convrel_nhwc
 from xattn_ops.benchmarks.baselines.cpsa import attend_eager, attend_sdpa, cpsa
@@ -45,6 +47,9 @@ __all__ = [
     "PlainInnerPatch",
     "attend_eager",
     "attend_sdpa",
+    "cls_absorbed",
+    "cls_eager",
+    "cls_sdpa",
     "compiled",
     "convolutions_of",
     "convpos_eager",

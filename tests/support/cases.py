@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -27,13 +27,17 @@ DTYPES = [
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `function(**tensors, **options)`; the first tensor is the activation."""
+    """One call: `function(**tensors, **options)`; the first tensor is an activation.
+
+    zero: inputs on which nothing depends; their gradients are zero but for rounding.
+    """
 
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     shapes: dict[str, tuple[int, ...]]
     out_shape: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    zero: tuple[str, ...] = ()
 
     def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> dict[str, Tensor]:
         """Random inputs, the same for every dtype but for rounding; none is contiguous."""
@@ -46,9 +50,7 @@ class Case:
         return sliced(self.out_shape, "grad_out", dtype)
 
     def with_options(self, **options: Any) -> Case:
-        return Case(
-            self.function, self.reference, self.shapes, self.out_shape, self.options | options
-        )
+        return replace(self, options=self.options | options)
 
 
 def sliced(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:

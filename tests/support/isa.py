@@ -20,6 +20,7 @@ CASES = {  # operator -> the lists that hold its cases
     "cpsa": ("cpsa", "CASES", "DROPOUT"),
     "convrel": ("convrel", "CASES"),
     "convpos": ("convrel", "POSITION_CASES"),
+    "clsattn": ("clsattn", "CASES", "DROPOUT"),
     "digest": ("digest", "CASES", "DROPOUT"),
 }
 # glibc fills what malloc returns with bytes 0x7f, a huge number or NaN in every format: so the
@@ -66,6 +67,19 @@ SMALL_MATRIX = {
         "window_7",
         "window_larger_than_the_grid",
         "no_bias_odd",
+    ],
+    "clsattn": [
+        "crossvit_15_small",
+        "crossvit_18",
+        "no_norm",
+        "norm_without_shift",
+        "no_bias_no_norm",
+        "one_patch",
+        "patches_17",
+        "heads_5",
+        "head_dim_19",
+        "dropout",
+        "dropout_odd",
     ],
     "digest": [
         "cabvit_stage4",

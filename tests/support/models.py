@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from support.cases import BACKENDS
 from xattn_ops.models import create_model
 from xattn_ops.models.coat import CoaT
+from xattn_ops.models.crossvit import CrossViT
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 kinds = pytest.mark.parametrize("features_only", [False, True], ids=["classifier", "features"])
@@ -42,3 +43,9 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
 def small_coat(depth: int = 2, **options: Any) -> CoaT:
     """A CoaT of 5 serial blocks, `depth` parallel ones, and 8 heads of 1, 2, 2 and 2 channels."""
     return CoaT((8, 16, 16, 16), (1, 1, 1, 2), (2, 2, 2, 2), depth, **{"num_classes": 5, **options})
+
+
+def small_crossvit(**options: Any) -> CrossViT:
+    """A CrossViT of 2 stages, with 1 and 2 blocks of 8 and 16 channels in 2 heads, for 64 x 96."""
+    given = {"num_classes": 5, "stages": 2, "img_size": (64, 96), **options}
+    return CrossViT(**{"dims": (8, 16), "heads": 2, "depths": (1, 2), "mlp_ratio": 2, **given})

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support import convrel, cpsa, digest, ipsa
+from support import clsattn, convrel, cpsa, digest, ipsa
 from support.cases import BACKENDS, Case
 from xattn_ops import (
+    ClsCrossAttention,
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
@@ -23,9 +24,11 @@ OPERATORS = {
     "digest": digest.SMALL,
     "convrel": convrel.SMALL,
     "convpos": convrel.SMALL_POSITION,
+    "clsattn": clsattn.SMALL,
 }
 WITH_DROPOUT = {
-    name: OPERATORS[name].with_options(dropout_p=0.4) for name in ("ipsa", "cpsa", "digest")
+    name: OPERATORS[name].with_options(dropout_p=0.4)
+    for name in ("ipsa", "cpsa", "digest", "clsattn")
 }
 
 
@@ -43,6 +46,19 @@ class OnMap(nn.Module):
 
     def attend(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.module(tokens, grid)
+
+
+class OfCls(nn.Module):
+    """A module of a CLS token and patches as one of maps: every pixel is what CLS takes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cls = x.mean((1, 2))[:, None]
+        return self.module(cls, x.flatten(1, 2), self.norm)[:, None].expand(x.shape)
 
 
 class DigestOnMap(OnMap):
@@ -63,6 +79,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {  # all take [B, 5, 8, 8]
         ConvRelativeAttention(8, 2, windows={3: 1, 5: 1}, **options)
     ),
     "convpos": lambda **options: OnMap(ConvPositionEncoding(8, **options)),
+    "clsattn": lambda **options: OfCls(ClsCrossAttention(8, 2, **options)),
 }
 OF_ONE_SIZE = {"digest"}  # modules with a parameter for each token of the map
 
