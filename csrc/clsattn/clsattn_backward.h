@@ -182,7 +182,7 @@ struct Backward {
     return sum;
   }
 
-  // c_h of the head of this file.
+  // c_h: what dropout alone does not cancel.
   T constant(int64_t b, int64_t h) const {
     const T *grad = c.grad_out + b * c.stride + h * c.dim, *dz = c.of_head(c.grad_pooled, b, h);
     V acc{};
