@@ -97,10 +97,6 @@ ClsAttnArgs make_args(const Inputs& in, const Optional& seed, const Options& o) 
   return a;
 }
 
-ScalarType compute_type(const ClsAttnArgs& a) {
-  return a.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 // Stages [first, last), each on all threads.
 void run_stages(ClsAttnArgs& a, ClsAttnStage first, ClsAttnStage last) {
   const ClsAttnKernels& kernels = select_clsattn_kernels();
@@ -132,8 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> clsattn_fwd(Tensor cls, Tensor patches, Tenso
                   norm_bias);
   ClsAttnArgs a = make_args(in, seed, {heads, eps, scale, dropout_p});
   Tensor out = empty_for(in.cls, {a.batch, 1, a.channels()});
-  Tensor head_state = empty_for(in.cls, head_sizes(a), compute_type(a));
-  Tensor token_state = empty_for(in.cls, token_sizes(a), compute_type(a));
+  Tensor head_state = empty_for(in.cls, head_sizes(a), compute_type(a.dtype));
+  Tensor token_state = empty_for(in.cls, token_sizes(a), compute_type(a.dtype));
   a.out = out.mutable_data_ptr();
   a.head_state = head_state.mutable_data_ptr();
   a.token_state = token_state.mutable_data_ptr();
@@ -151,7 +147,7 @@ void set_state(ClsAttnArgs& a, const Tensor& grad_out, const Tensor& head_state,
                const Tensor& token_state) {
   STD_TORCH_CHECK(has_sizes(grad_out, {a.batch, 1, a.channels()}) && dtype_of(grad_out) == a.dtype,
                   "clsattn: grad_out must have the shape and dtype of the output");
-  const ScalarType type = compute_type(a);
+  const auto type = compute_type(a.dtype);
   STD_TORCH_CHECK(has_sizes(head_state, head_sizes(a)) && head_state.scalar_type() == type &&
                       has_sizes(token_state, token_sizes(a)) && token_state.scalar_type() == type,
                   "clsattn: head_state and token_state must be what clsattn_fwd returned");

@@ -78,4 +78,19 @@ void with_storage(Dtype dtype, F f) {
   }
 }
 
+// Bytes of scratch that Pass<storage type>(args, no memory) counts, and its run(rest...) in them.
+template <template <class> class Pass, class Args>
+int64_t pass_scratch(const Args& args) {
+  int64_t bytes = 0;
+  with_storage(args.dtype, [&](auto type) {
+    bytes = Pass<typename decltype(type)::type>(args, nullptr).bytes;
+  });
+  return bytes;
+}
+template <template <class> class Pass, class Args, class... Rest>
+void run_pass(const Args& args, Rest... rest, void* scratch) {
+  with_storage(args.dtype,
+               [&](auto type) { Pass<typename decltype(type)::type>(args, scratch).run(rest...); });
+}
+
 }  // namespace xattn::XATTN_ISA

@@ -41,6 +41,13 @@ inline Dtype dtype_of(const Tensor& t) {
   }
 }
 
+// The type that values of a dtype are computed in, and its size.
+inline torch::headeronly::ScalarType compute_type(Dtype dtype) {
+  using torch::headeronly::ScalarType;
+  return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+inline int64_t compute_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
 // The tensor itself where its last dimension is dense, else a contiguous copy.
 inline Tensor dense_last(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);

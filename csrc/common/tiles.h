@@ -4,7 +4,7 @@
 // the CPU has it) a pair of bfloat16 values in 32 bits. The tiles below are written once for all.
 #pragma once
 
-#include "simd.h"
+#include "loops.h"
 
 namespace xattn::XATTN_ISA {
 
@@ -30,10 +30,42 @@ struct Bf16Pairs {
 };
 #endif
 
+// How tiles multiply bfloat16: in pairs where the CPU can.
+#if defined(__AVX512BF16__)
+using Bf16Policy = Bf16Pairs;
+#else
+using Bf16Policy = Single<float>;
+#endif
+
+// f(Type<storage type>, Type<policy>) of a dtype.
+template <class F>
+void with_policy(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(Type<float>{}, Type<Single<float>>{});
+    case Dtype::kFloat64:
+      return f(Type<double>{}, Type<Single<double>>{});
+    case Dtype::kBFloat16:
+      return f(Type<bf16>{}, Type<Bf16Policy>{});
+    case Dtype::kFloat16:
+      return f(Type<f16>{}, Type<Single<float>>{});
+  }
+}
+
 template <class M>
 using acc_vec = vec<typename M::Acc>;
 template <class M>
 constexpr int kLanesOf = Lanes<typename M::Acc>::n;
+
+// 2^x for weights that a product takes next: rough where it rounds them to bfloat16.
+template <class M>
+XATTN_INLINE acc_vec<M> exp2_weight(acc_vec<M> x) {
+  if constexpr (M::kStep == 2) {
+    return exp2_nonpositive_rough(x);
+  } else {
+    return exp2_nonpositive(x);
+  }
+}
 
 // acc[r][c] += sum_k a(r, k) * b(k, c): a(r, k) = a[r * a_row + k * a_k] is one element for all
 // lanes, b(k, c) a vector of elements at b + k * b_k + c * b_col.

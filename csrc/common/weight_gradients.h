@@ -30,11 +30,6 @@ struct DepthwiseTable {
   }
 };
 
-inline torch::headeronly::ScalarType compute_type(const Tensor& t) {
-  using torch::headeronly::ScalarType;
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Gradients of weights and biases: the work is cut into chunks, some images of one group of
 // channels, each with sums of its own. How it is cut depends on the sizes alone, so that the order
 // of every sum does too.
@@ -53,7 +48,7 @@ class WeightGradients {
   void for_chunks(int64_t batch, int64_t groups, int64_t scratch_bytes, F run) {
     auto* weights = static_cast<char*>(weights_.mutable_data_ptr());
     auto* biases = static_cast<char*>(biases_.mutable_data_ptr());
-    const int64_t value = compute_type(like_) == torch::headeronly::ScalarType::Double ? 8 : 4;
+    const int64_t value = compute_bytes(dtype_of(like_));
     const int64_t weight_row = weights_.size(1) * value, bias_row = biases_.size(1) * value;
     std::vector<Chunk> chunks;
     for (int64_t i = 0; i < groups * parts_; ++i) {
@@ -80,7 +75,7 @@ class WeightGradients {
 
   Tensor zeros(int64_t values) const {
     return torch::stable::new_zeros(like_, std::vector<int64_t>{parts_, values},
-                                    compute_type(like_));
+                                    compute_type(dtype_of(like_)));
   }
   Tensor sum(const Tensor& parts) const {
     return parts.size(1) ? sum_parts(parts, like_) : empty_for(like_, {0});

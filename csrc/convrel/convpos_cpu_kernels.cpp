@@ -160,34 +160,12 @@ struct Backward : Encoding<S> {
   }
 };
 
-int64_t forward_scratch(const ConvPosArgs& a) {
-  int64_t bytes = 0;
-  with_storage(a.dtype, [&](auto type) {
-    bytes = Forward<typename decltype(type)::type>(a, nullptr).bytes;
-  });
-  return bytes;
-}
-int64_t backward_scratch(const ConvPosArgs& a) {
-  int64_t bytes = 0;
-  with_storage(a.dtype, [&](auto type) {
-    bytes = Backward<typename decltype(type)::type>(a, nullptr).bytes;
-  });
-  return bytes;
-}
-void forward(const ConvPosArgs& a, int64_t begin, int64_t end, void* scratch) {
-  with_storage(a.dtype, [&](auto type) {
-    Forward<typename decltype(type)::type>(a, scratch).run(begin, end);
-  });
-}
-void backward(const ConvPosArgs& a, const ConvPosChunk* chunks, int64_t count, void* scratch) {
-  with_storage(a.dtype, [&](auto type) {
-    Backward<typename decltype(type)::type>(a, scratch).run(chunks, count);
-  });
-}
-
 }  // namespace
 
 extern const ConvPosKernels convpos_kernels;
-const ConvPosKernels convpos_kernels{forward_scratch, backward_scratch, forward, backward};
+const ConvPosKernels convpos_kernels{pass_scratch<Forward, ConvPosArgs>,
+                                     pass_scratch<Backward, ConvPosArgs>,
+                                     run_pass<Forward, ConvPosArgs, int64_t, int64_t>,
+                                     run_pass<Backward, ConvPosArgs, const ConvPosChunk*, int64_t>};
 
 }  // namespace xattn::XATTN_ISA

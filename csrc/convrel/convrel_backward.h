@@ -9,7 +9,7 @@
 
 #include "convrel_group.h"
 
-namespace xattn::XATTN_ISA {
+namespace xattn::XATTN_ISA::convrel {
 
 template <class S>
 struct Backward {
@@ -227,4 +227,4 @@ struct Backward {
   }
 };
 
-}  // namespace xattn::XATTN_ISA
+}  // namespace xattn::XATTN_ISA::convrel

@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> convrel_fwd(Tensor qkv, Tensor conv_weight,
   ConvRelArgs& a = call.args;
   Tensor out = empty_for(call.qkv, {a.batch, a.tokens(), a.channels()});
   Tensor state = empty_for(call.qkv, Ints{a.batch, a.heads, a.head_dim, a.head_dim + 2},
-                           compute_type(call.qkv));
+                           compute_type(a.dtype));
   a.out = out.mutable_data_ptr();
   a.state = state.mutable_data_ptr();
 
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tens
   ConvRelArgs& a = call.args;
   grad_out = dense_last(grad_out);
   state = torch::stable::contiguous(state);
-  const auto compute = compute_type(call.qkv);
+  const auto compute = compute_type(a.dtype);
   STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == a.batch &&
                       grad_out.size(1) == a.tokens() && grad_out.size(2) == a.channels() &&
                       dtype_of(grad_out) == a.dtype,

@@ -8,36 +8,11 @@
 #include "convrel_forward.h"
 
 namespace xattn::XATTN_ISA {
-namespace {
-
-int64_t forward_scratch(const ConvRelArgs& a) {
-  int64_t bytes = 0;
-  with_storage(a.dtype, [&](auto type) {
-    bytes = Forward<typename decltype(type)::type>(a, nullptr).bytes;
-  });
-  return bytes;
-}
-int64_t backward_scratch(const ConvRelArgs& a) {
-  int64_t bytes = 0;
-  with_storage(a.dtype, [&](auto type) {
-    bytes = Backward<typename decltype(type)::type>(a, nullptr).bytes;
-  });
-  return bytes;
-}
-void forward(const ConvRelArgs& a, int64_t begin, int64_t end, void* scratch) {
-  with_storage(a.dtype, [&](auto type) {
-    Forward<typename decltype(type)::type>(a, scratch).run(begin, end);
-  });
-}
-void backward(const ConvRelArgs& a, const ConvRelChunk* chunks, int64_t count, void* scratch) {
-  with_storage(a.dtype, [&](auto type) {
-    Backward<typename decltype(type)::type>(a, scratch).run(chunks, count);
-  });
-}
-
-}  // namespace
 
 extern const ConvRelKernels convrel_kernels;
-const ConvRelKernels convrel_kernels{forward_scratch, backward_scratch, forward, backward};
+const ConvRelKernels convrel_kernels{
+    pass_scratch<convrel::Forward, ConvRelArgs>, pass_scratch<convrel::Backward, ConvRelArgs>,
+    run_pass<convrel::Forward, ConvRelArgs, int64_t, int64_t>,
+    run_pass<convrel::Backward, ConvRelArgs, const ConvRelChunk*, int64_t>};
 
 }  // namespace xattn::XATTN_ISA

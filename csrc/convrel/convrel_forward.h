@@ -3,7 +3,7 @@
 
 #include "convrel_group.h"
 
-namespace xattn::XATTN_ISA {
+namespace xattn::XATTN_ISA::convrel {
 
 // softmax(K)^T V of every head in one pass over the tokens: a block's maximum may raise the
 // column's, and then all that was summed so far is scaled down.
@@ -224,4 +224,4 @@ struct Forward {
   }
 };
 
-}  // namespace xattn::XATTN_ISA
+}  // namespace xattn::XATTN_ISA::convrel

@@ -5,7 +5,7 @@
 #include "convrel.h"
 #include "convrel_products.h"
 
-namespace xattn::XATTN_ISA {
+namespace xattn::XATTN_ISA::convrel {
 
 constexpr int64_t kBlockBytes = 16 << 10;  // of one activation's tokens in scratch at a time
 constexpr int64_t kBlockTokens = 64;       // at most
@@ -65,4 +65,4 @@ struct Group : ChannelGroup<S> {
   }
 };
 
-}  // namespace xattn::XATTN_ISA
+}  // namespace xattn::XATTN_ISA::convrel

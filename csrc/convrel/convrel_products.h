@@ -9,7 +9,7 @@
 #include "common/loops.h"
 #include "common/tiles.h"
 
-namespace xattn::XATTN_ISA {
+namespace xattn::XATTN_ISA::convrel {
 
 // Rows of a tile of kColumns vectors: with the operands they fill the register file.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -198,4 +198,4 @@ struct Heads {
   }
 };
 
-}  // namespace xattn::XATTN_ISA
+}  // namespace xattn::XATTN_ISA::convrel

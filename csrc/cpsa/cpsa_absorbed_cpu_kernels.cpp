@@ -220,12 +220,6 @@ struct Absorbed {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
-using Bf16Policy = Bf16Pairs;
-#else
-using Bf16Policy = Single<float>;
-#endif
-
 extern const CpsaForm cpsa_absorbed = {
     Absorbed<float, Single<float>>::kKernels,
     Absorbed<double, Single<double>>::kKernels,

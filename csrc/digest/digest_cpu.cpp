@@ -88,12 +88,8 @@ DigestArgs make_args(const Inputs& in, const Options& o) {
   return a;
 }
 
-ScalarType compute_type(const DigestArgs& a) {
-  return a.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor empty_compute(const Tensor& like, std::vector<int64_t> sizes, const DigestArgs& a) {
-  return torch::stable::new_empty(like, sizes, compute_type(a));
+  return empty_for(like, sizes, compute_type(a.dtype));
 }
 
 std::tuple<Tensor, Tensor> digest_fwd(Tensor qkv, std::optional<Tensor> digest_kv,
@@ -137,9 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> digest_bwd(
                       grad_out.size(1) == a.tokens && grad_out.size(2) == a.channels() &&
                       dtype_of(grad_out) == a.dtype,
                   "digest: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(
-      row_stats.numel() == 2 * a.units() * a.tokens && row_stats.scalar_type() == compute_type(a),
-      "digest: row_stats must be what digest_fwd returned");
+  STD_TORCH_CHECK(row_stats.numel() == 2 * a.units() * a.tokens &&
+                      row_stats.scalar_type() == compute_type(a.dtype),
+                  "digest: row_stats must be what digest_fwd returned");
   grad_out = dense_last(grad_out);
   row_stats = torch::stable::contiguous(row_stats);
   a.grad_out = grad_out.const_data_ptr();

@@ -27,20 +27,9 @@ void with_unit(const DigestArgs& a, F f) {
 // Calls f(Type<Unit>) with the unit for the call's dtype and sizes.
 template <class F>
 void dispatch(const DigestArgs& a, F f) {
-  switch (a.dtype) {
-    case Dtype::kFloat32:
-      return with_unit<float, Single<float>>(a, f);
-    case Dtype::kFloat64:
-      return with_unit<double, Single<double>>(a, f);
-    case Dtype::kBFloat16:
-#if defined(__AVX512BF16__)
-      return with_unit<bf16, Bf16Pairs>(a, f);
-#else
-      return with_unit<bf16, Single<float>>(a, f);
-#endif
-    case Dtype::kFloat16:
-      return with_unit<f16, Single<float>>(a, f);
-  }
+  with_policy(a.dtype, [&](auto storage, auto policy) {
+    with_unit<typename decltype(storage)::type, typename decltype(policy)::type>(a, f);
+  });
 }
 
 int64_t forward_scratch(const DigestArgs& a) {

@@ -138,10 +138,8 @@ struct Forward {
   }
 
   // Rows of the output are short and far apart: their lines are fetched while scores are computed.
-  static XATTN_MEMBER void prefetch_to_write(const S* row, int64_t d) {
-    for (int64_t at = 0; at < d * (int64_t)sizeof(S); at += 64) {
-      __builtin_prefetch((const char*)row + at, 1, 3);
-    }
+  static XATTN_MEMBER void prefetch_row(const S* row, int64_t d) {
+    for (int64_t at = 0; at < d; at += 64 / (int64_t)sizeof(S)) prefetch_to_write(row + at);
   }
 
   void run(int64_t b, int64_t head, int64_t i0, int64_t rows) {
@@ -152,7 +150,7 @@ struct Forward {
     U::P::rows([&](int64_t t) XATTN_LAMBDA_INLINE { return q + t * a.qkv_stride[1]; }, rows,
                tiles * R, u.d(), u.stride_d(), queries);
     bias.set_block(i0, rows);
-    for (int64_t r = 0; r < rows; ++r) prefetch_to_write(out + r * a.channels(), u.d());
+    for (int64_t r = 0; r < rows; ++r) prefetch_row(out + r * a.channels(), u.d());
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t first = chunk_begin(chunk), last = chunk_begin(chunk + 1);
       const int64_t count = min_of(last * L, a.keys()) - first * L;

@@ -56,13 +56,7 @@ struct Unit {
     return (T*)args.row_stats + ((b * args.heads + head) * args.tokens + i) * kStats;
   }
 
-  static XATTN_MEMBER V exp2(V x) {
-    if constexpr (kPairs) {
-      return exp2_nonpositive_rough(x);
-    } else {
-      return exp2_nonpositive(x);
-    }
-  }
+  static XATTN_MEMBER V exp2(V x) { return exp2_weight<M>(x); }
 
   // acc = scale q k^T + bias, in powers of two, of one tile: queries against kC vectors of keys.
   template <int kC, class Bias>

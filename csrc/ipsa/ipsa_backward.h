@@ -189,7 +189,7 @@ struct Backward {
            const Window& next, int64_t next_head) const {
     const IpsaArgs& a = u.args;
     const auto q = part(w, head, 0), k = part(w, head, 1), v = part(w, head, 2);
-    const TokenRows<S> grad{(const S*)a.grad_out + head * u.d(), w.grad_out, zeros, zeros};
+    const TokenRows<S> grad{(const S*)a.grad_out + head * u.d(), w.grad_out, zeros};
     u.gather_rows(q, q_rows);
     u.gather_rows(grad, grad_rows);
     u.gather_transposed(k, k_transposed);

@@ -125,10 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> ipsa_bwd(Tensor grad_out, Tensor qkv,
   a.grad_qkv = grad_qkv.mutable_data_ptr();
 
   const Chunking cut(a);
-  const bool is_double = a.dtype == Dtype::kFloat64;
-  const auto compute =
-      is_double ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
-  const int64_t value_bytes = is_double ? 8 : 4;
+  const auto compute = compute_type(a.dtype);
+  const int64_t value_bytes = compute_bytes(a.dtype);
   const int64_t bin_count = bias_table.has_value() ? a.heads * a.bias_bins() : 0;
   const int64_t pad_count = pad_qkv.has_value() ? 3 * a.channels() : 0;
   // [chunks, heads, bins] and [chunks, 3C]; with several head groups each row is partly zero.

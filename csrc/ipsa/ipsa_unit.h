@@ -3,6 +3,7 @@
 
 #include "common/dropout.h"
 #include "common/loops.h"
+#include "common/pack.h"
 #include "common/tiles.h"
 #include "ipsa.h"
 #include "ipsa_window.h"
@@ -24,6 +25,7 @@ struct Unit {
   using Multiply = M;
   using T = typename M::Acc;
   using Elem = typename M::Elem;
+  using P = Pack<S, M>;
   using Weight = typename M::Storage;  // of a softmax weight that a tile multiplies
   using V = vec<T>;
   static constexpr int L = kLanesOf<M>;
@@ -51,30 +53,10 @@ struct Unit {
 
   // ---------------------------------------------------------------- gather
 
-  // Elements of channels [c * L * step, ...) of a row, zero beyond d.
-  static XATTN_MEMBER auto load_elems(const S* row, int64_t c, int64_t d) {
-    if constexpr (kPairs) {
-      const int64_t left = d - c * 2 * L;
-      if (left >= 2 * L) return load_as<vu32>(row + c * 2 * L);
-      uint16_t padded[2 * L] = {};
-      __builtin_memcpy(padded, row + c * 2 * L, left * sizeof(uint16_t));
-      return load_as<vu32>(padded);
-    } else {
-      return load_n(row + c * L, d - c * L);
-    }
-  }
-
   // out[t][:] = row of token t, for tiles that broadcast it; rows beyond n are zero.
   void gather_rows(const TokenRows<S>& tokens, Elem* out) const {
-    const int64_t stride = stride_d(), dim = d();
-    for (int64_t t = 0; t < n(); ++t) {
-      const S* row = tokens.row(t);
-      for (int64_t c = 0; c * L < stride; ++c)
-        store(out + t * stride + c * L, load_elems(row, c, dim));
-    }
-    for (int64_t t = n(); t < rows(); ++t) {
-      for (int64_t c = 0; c * L < stride; ++c) store(out + t * stride + c * L, vec<Elem>{});
-    }
+    P::rows([&](int64_t t) XATTN_LAMBDA_INLINE { return tokens.row(t); }, n(), rows(), d(),
+            stride_d(), out);
   }
 
   // out[step][key] = element `step` of that key's row: lanes are keys. The tail key is left out.
@@ -85,7 +67,7 @@ struct Unit {
         vec<Elem> square[L];
         XATTN_UNROLL
         for (int i = 0; i < L; ++i) {
-          square[i] = key + i < count ? load_elems(tokens.row(key + i), c, dim) : vec<Elem>{};
+          square[i] = key + i < count ? P::elems(tokens.row(key + i), c, dim) : vec<Elem>{};
         }
         transpose(square);
         const int64_t steps = min_of<int64_t>(L, steps_d() - c * L);
@@ -99,23 +81,8 @@ struct Unit {
 
   // out[step][:] = channels of the `kStep` tokens of a step: lanes are channels.
   void gather_values(const TokenRows<S>& tokens, Elem* out) const {
-    const int64_t stride = width_d(), dim = d();
-    for (int64_t s = 0; s < steps_n(); ++s) {
-      const S* row = tokens.row(s * M::kStep);
-      for (int64_t c = 0; c < stride; c += L) {
-        if constexpr (kPairs) {
-          const S* second = s * 2 + 1 < n() ? tokens.row(s * 2 + 1) : tokens.zeros;
-          if (dim - c >= L) {
-            store(out + s * stride + c, to_pair(row + c, second + c));
-          } else {
-            store(out + s * stride + c,
-                  to_pair(load_n(row + c, dim - c), load_n(second + c, dim - c)));
-          }
-        } else {
-          store(out + s * stride + c, load_n(row + c, dim - c));
-        }
-      }
-    }
+    P::values([&](int64_t t) XATTN_LAMBDA_INLINE { return tokens.row(t); }, n(), n(), d(),
+              width_d(), out);
   }
 
   // ---------------------------------------------------------------- scores
@@ -125,7 +92,7 @@ struct Unit {
     vec<Elem> key[kHeadDim ? (kHeadDim / M::kStep + L - 1) / L : 1];
     const int64_t vectors = stride_d() / L, dim = d(), stride = stride_d();
     if constexpr (kHeadDim > 0) {
-      for (int64_t c = 0; c < vectors; ++c) key[c] = load_elems(tail, c, dim);
+      for (int64_t c = 0; c < vectors; ++c) key[c] = P::elems(tail, c, dim);
     }
     for (int64_t i = 0; i < rows(); i += L) {
       V sums[L] = {};
@@ -133,7 +100,7 @@ struct Unit {
       for (int r = 0; r < L; ++r) {
         if (i + r >= rows()) continue;
         for (int64_t c = 0; c < vectors; ++c) {
-          const auto k = kHeadDim > 0 ? key[kHeadDim > 0 ? c : 0] : load_elems(tail, c, dim);
+          const auto k = kHeadDim > 0 ? key[kHeadDim > 0 ? c : 0] : P::elems(tail, c, dim);
           sums[r] = M::fma(sums[r], load(rows_in + (i + r) * stride + c * L), k);
         }
       }
@@ -141,13 +108,7 @@ struct Unit {
     }
   }
 
-  static XATTN_MEMBER V exp2(V x) {
-    if constexpr (kPairs) {
-      return exp2_nonpositive_rough(x);
-    } else {
-      return exp2_nonpositive(x);
-    }
-  }
+  static XATTN_MEMBER V exp2(V x) { return exp2_weight<M>(x); }
 
   struct Logits {
     T scale;           // times log2 e

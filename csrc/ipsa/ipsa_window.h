@@ -13,7 +13,6 @@ struct TokenRows {
   const S* base;          // of the head's channels
   const int64_t* offset;  // per token, or -1 outside the image
   const S* outside;       // the row of a token outside the image
-  const S* zeros;
   const S* row(int64_t t) const { return offset[t] < 0 ? outside : base + offset[t]; }
 };
 
@@ -32,7 +31,7 @@ template <class U, class S = typename U::Storage>
 TokenRows<S> qkv_rows(const IpsaArgs& a, const Window& w, int64_t head, int which, const S* zeros) {
   const int64_t at = (which * a.heads + head) * a.head_dim;
   const S* outside = a.pad_qkv ? (const S*)a.pad_qkv + at : zeros;
-  return {(const S*)a.qkv + at, w.qkv, outside, zeros};
+  return {(const S*)a.qkv + at, w.qkv, outside};
 }
 
 XATTN_INLINE Window new_window(const IpsaArgs& a, Arena& arena) {
