@@ -58,7 +58,7 @@ def test_other_devices_take_the_reference_quietly(function: str) -> None:
 
 def test_meta_tensors_go_through() -> None:
     tensors = {name: t.to("meta") for name, t in SMALL.tensors(torch.float32).items()}
-    assert inner_patch_attention(**tensors, **SMALL.options).shape == SMALL.out_shape
+    assert inner_patch_attention(**tensors, **SMALL.options).shape == SMALL.outs["out"]
 
 
 @functions
