@@ -8,19 +8,31 @@ binary, matrix instructions and the width of loads from the assembly.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# Bytes of shared memory that one block may ask for.
-SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KIB = 1024
+# The most shared memory that a block may ask for.
+SHARED_LIMIT = {
+    "sm_80": 163 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
 
@@ -30,15 +42,35 @@ class Figures:
 
     operator: str
     call: str
+    paper: bool  # at a shape of the operator's paper
     kernel: str
     architecture: str
-    dtype: torch.dtype
+    dtype: str
+    products: bool  # it multiplies matrices
     warps: int
     registers: int  # a thread
     spilled: int  # bytes a thread
     shared: int  # bytes a block
     matrix: int  # instructions of tensor or matrix cores
     loads: dict[int, int]  # bytes a load -> how many stand in the code
+
+    @property
+    def broken(self) -> list[str]:
+        """The bounds that it breaks, in words."""
+        short = self.dtype != "float32"
+        bounds = {
+            f"{self.shared} bytes of shared memory": self.shared > SHARED_LIMIT[self.architecture],
+            f"{self.shared} bytes of shared memory, too many for sm_80": self.paper
+            and short
+            and self.architecture == "sm_90"
+            and self.shared > SHARED_LIMIT["sm_80"],
+            f"{self.spilled} bytes spilled": self.paper
+            and short
+            and self.architecture == "sm_90"
+            and self.spilled > 0,
+            "no matrix instruction": self.products and short and not self.matrix,
+        }
+        return [reason for reason, breaks in bounds.items() if breaks]
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -60,18 +92,28 @@ def _ipsa(
     ipsa_bwd(out, qkv, table, pad, None, *options)
 
 
-CALLS: dict[str, dict[str, Callable[[torch.dtype], None]]] = {
+class Call(NamedTuple):
+    """A call of an operator, forward and backward; paper: at a shape of its paper."""
+
+    run: Callable[[torch.dtype], None]
+    paper: bool = True
+
+
+CALLS: dict[str, dict[str, Call]] = {
     "ipsa": {
-        "56x56, 3 x 32": lambda dtype: _ipsa(56, 3, 32, 7, 0, dtype),
-        "7x7, 24 x 32": lambda dtype: _ipsa(7, 24, 32, 7, 0, dtype),
-        "shift, padding": lambda dtype: _ipsa(30, 6, 32, 7, 3, dtype),
-        "window 12": lambda dtype: _ipsa(24, 6, 32, 12, 6, dtype),
+        "56x56, 3 x 32": Call(lambda dtype: _ipsa(56, 3, 32, 7, 0, dtype)),
+        "14x14, 12 x 32": Call(lambda dtype: _ipsa(14, 12, 32, 7, 0, dtype)),
+        "7x7, 24 x 32": Call(lambda dtype: _ipsa(7, 24, 32, 7, 0, dtype)),
+        "shifted by 3": Call(lambda dtype: _ipsa(28, 6, 32, 7, 3, dtype)),
+        "padded": Call(lambda dtype: _ipsa(30, 6, 32, 7, 0, dtype)),
+        "padded, shifted": Call(lambda dtype: _ipsa(30, 6, 32, 7, 3, dtype), paper=False),
+        "window 12": Call(lambda dtype: _ipsa(24, 6, 32, 12, 6, dtype), paper=False),
     },
 }
 
 
 def figures(
-    operators: list[str], architectures: list[str], dtypes: list[torch.dtype]
+    operators: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str]
 ) -> Iterator[Figures]:
     """Compile everything that these operators launch at the shapes of CALLS."""
     from ._triton import INTERPRETED, recording
@@ -79,35 +121,37 @@ def figures(
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     for operator in operators:
-        for call, run in CALLS[operator].items():
-            for dtype, architecture in itertools.product(dtypes, architectures):
-                with recording("cuda" if architecture.startswith("sm_") else "hip") as launches:
-                    run(dtype)
-                for launch in launches:
-                    yield _compile(operator, call, dtype, launch, architecture)
+        for (name, call), dtype, architecture in itertools.product(
+            CALLS[operator].items(), dtypes, architectures
+        ):
+            with recording("cuda" if architecture.startswith("sm_") else "hip") as launches:
+                call.run(DTYPES[dtype])
+            unique = {launch.kernel.__name__: launch for launch in launches}
+            for launch in unique.values():
+                kernel = launch.kernel.__name__.strip("_")
+                products = kernel.startswith(("forward", "backward"))
+                read = _compile(launch, architecture)
+                yield Figures(
+                    operator, name, call.paper, kernel, architecture, dtype, products, *read
+                )
 
 
-def _compile(
-    operator: str, call: str, dtype: torch.dtype, launch: Any, architecture: str
-) -> Figures:
+def _compile(launch: Any, architecture: str) -> tuple[int, int, int, int, int, dict[int, int]]:
+    """Warps, registers, bytes spilled and shared, matrix instructions, loads."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     nvidia = architecture.startswith("sm_")
-    target = GPUTarget(
-        *(("cuda", int(architecture[3:]), 32) if nvidia else ("hip", architecture, 64))
-    )
+    target = GPUTarget("cuda", int(architecture[3:]), 32)
     source = ASTSource(launch.kernel, *_signature(launch))
     binary = triton.compile(
-        source, target=target, options={"num_warps": launch.warps, "num_stages": launch.stages}
+        source,
+        target=target if nvidia else GPUTarget("hip", architecture, 64),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
     )
-    read = _read_nvidia if nvidia else _read_amd
-    registers, spilled, matrix, loads = read(binary.asm)
-    return Figures(
-        operator, call, launch.kernel.__name__.strip("_"), architecture, dtype, launch.warps,
-        registers, spilled, binary.metadata.shared, matrix, loads,
-    )  # fmt: skip
+    registers, spilled, matrix, loads = (_read_nvidia if nvidia else _read_amd)(binary.asm)
+    return launch.warps, registers, spilled, binary.metadata.shared, matrix, loads
 
 
 def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
@@ -161,6 +205,39 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, int, dict[int, int]]:
     for name in re.findall(r"\b(?:global|buffer)_load_(dwordx[234]|dword|ushort|short)", code):
         loads[widths[name]] = loads.get(widths[name], 0) + 1
     return registers, spilled, len(re.findall(r"\bv_mfma", code)), loads
+
+
+def command(
+    operators: Sequence[str],
+    architectures: Sequence[str],
+    dtypes: Sequence[str],
+    as_json: bool,
+    console: Console,
+) -> int:
+    """Print the table, or JSON; 1 where a kernel breaks a bound."""
+    rows = list(figures(operators or list(CALLS), architectures, dtypes))
+    if as_json:
+        print(json.dumps([asdict(row) | {"broken": row.broken} for row in rows], indent=1))
+    else:
+        _print(rows, console)
+    return int(any(row.broken for row in rows))
+
+
+def _print(rows: Sequence[Figures], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title="Triton kernels, compiled ahead of time")
+    for name in ("operator", "call", "kernel", "target", "dtype"):
+        table.add_column(name)
+    for name in ("warps", "registers", "spilled", "shared", "matrix", "loads"):
+        table.add_column(name, justify="right")
+    table.add_column("broken")
+    for row in rows:
+        loads = " ".join(f"{count}x{size}" for size, count in sorted(row.loads.items()))
+        numbers = (row.warps, row.registers, row.spilled, row.shared, row.matrix)
+        names = (row.operator, row.call, row.kernel, row.architecture, row.dtype)
+        table.add_row(*names, *map(str, numbers), loads, "; ".join(row.broken))
+    console.print(table)
 
 
 def _only(pattern: str, text: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _triton
 from .._registration import register_triton
 from .._triton import dot, keep_weights
-from .triton_kernels import Call, _bias, _load, _place, _rows, _scores, plan
+from .triton_kernels import ROWS, Call, _bias, _load, _place, _rows, _scores, plan
 
 
 @triton.jit
@@ -316,21 +316,25 @@ def _backward_bias(
 def _sum_bias(
     bias_sums, grad_table, groups,
     HEADS: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, EDGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """grad_table [(2 WH - 1)(2 WW - 1), heads] from the shares [groups, heads, EDGE, EDGE]: one
-    program a bin, which adds the pairs of tokens (query, query - offset)."""
-    head, bin = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    """grad_table [bins, heads] from the shares [groups, heads, EDGE, EDGE]: a program takes a head
+    and ROWS of the (2 WH - 1)(2 WW - 1) bins, and adds the pairs of tokens (query, query - offset)
+    of each."""
+    head = tl.program_id(0) % HEADS
+    bin = (tl.program_id(0) // HEADS * ROWS + tl.arange(0, ROWS))[:, None]
     dy, dx = bin // (2 * WW - 1) - (WH - 1), bin % (2 * WW - 1) - (WW - 1)
-    tq = tl.arange(0, BLOCK)
+    tq = tl.arange(0, BLOCK)[None, :]
     y, x = tq // WW - dy, tq % WW - dx  # of the key
     there = (tq < WH * WW) & (y >= 0) & (y < WH) & (x >= 0) & (x < WW)
     at = bias_sums + head * EDGE * EDGE + tq * EDGE + y * WW + x
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
     for _ in range(groups):
         total += tl.load(at, mask=there, other=0.0)
         at += HEADS * EDGE * EDGE
-    tl.store(grad_table + bin * HEADS + head, tl.sum(total, 0).to(grad_table.dtype.element_ty))
+    to = grad_table + bin * HEADS + head
+    inside = bin < (2 * WH - 1) * (2 * WW - 1)
+    tl.store(to, tl.sum(total, 1)[:, None].to(grad_table.dtype.element_ty), mask=inside)
 
 
 def ipsa_bwd(
@@ -364,10 +368,10 @@ def ipsa_bwd(
     _launch(call, grad_out, grad_qkv, bias_sums, pad_sums)
     if bias_table is not None:
         sizes = {"HEADS": num_heads, "WH": window_h, "WW": window_w, "EDGE": edge}
-        sizes |= {"groups": call.groups, "BLOCK": _triton.power_of_two(edge)}
-        _triton.launch(
-            _sum_bias, grad_table.numel(), bias_sums=bias_sums, grad_table=grad_table, **sizes
-        )
+        sizes |= {"groups": call.groups, "BLOCK": _triton.power_of_two(edge), "ROWS": ROWS}
+        programs = num_heads * -(-bias_table.shape[0] // ROWS)
+        results = {"bias_sums": bias_sums, "grad_table": grad_table}
+        _triton.launch(_sum_bias, programs, warps=4, **results, **sizes)
     if pad_qkv is not None:  # the query of a padding token is cropped: its gradient stays zero
         sums = pad_sums.sum(0)[..., : call.arguments["D"]]  # [heads, 2, D]
         grad_pad[pad_qkv.numel() // 3 :] = sums.transpose(0, 1).reshape(-1)

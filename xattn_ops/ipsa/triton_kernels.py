@@ -20,6 +20,7 @@ from .._registration import register_triton
 from .._triton import LOG2E, dot, keep_weights
 
 LARGEST_TILE = 64  # tokens; scores of 64 x 64 and their gradient fit the registers of 4 warps
+ROWS = 16  # of the bias, or of its bins, that a program expands or sums
 PROGRAMS = 1024  # about as many as fill a large card twice
 
 
@@ -64,17 +65,19 @@ def _load(pointers, inside, padding, pad, d, D: tl.constexpr, HAS_PAD: tl.conste
 @triton.jit
 def _expand_bias(
     table, bias, HEADS: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, EDGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """bias [heads, EDGE, EDGE] = the bias of query and key times log2(e), -inf for keys beyond the
-    window; one program a head and query. A few KB, so that the windows need no index."""
-    head, tq = tl.program_id(0) // EDGE, tl.program_id(0) % EDGE
-    tk = tl.arange(0, BLOCK)
+    window; a program takes a head and ROWS queries. A few KB, so that the windows need no index."""
+    tiles: tl.constexpr = EDGE // ROWS
+    head = tl.program_id(0) // tiles
+    tq = (tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    tk = tl.arange(0, BLOCK)[None, :]
     dy, dx = tq // WW - tk // WW + WH - 1, tq % WW - tk % WW + WW - 1
     both = (tk < WH * WW) & (tq < WH * WW)
-    row = tl.load(table + (dy * (2 * WW - 1) + dx) * HEADS + head, mask=both, other=0.0)
-    row = tl.where(tk < WH * WW, row.to(tl.float32) * LOG2E, float("-inf"))
-    tl.store(bias + (head * EDGE + tq) * EDGE + tk, row, mask=tk < EDGE)
+    tile = tl.load(table + (dy * (2 * WW - 1) + dx) * HEADS + head, mask=both, other=0.0)
+    tile = tl.where(tk < WH * WW, tile.to(tl.float32) * LOG2E, float("-inf"))
+    tl.store(bias + (head * EDGE + tq) * EDGE + tk, tile, mask=tk < EDGE)
 
 
 @triton.jit
@@ -217,8 +220,8 @@ def plan(
 def _expanded(table: Tensor, num_heads: int, window: tuple[int, int], edge: int) -> Tensor:
     bias = torch.empty(num_heads, edge, edge, dtype=torch.float32, device=table.device)
     sizes = {"HEADS": num_heads, "WH": window[0], "WW": window[1], "EDGE": edge}
-    sizes["BLOCK"] = _triton.power_of_two(edge)
-    programs = num_heads * edge
+    sizes |= {"BLOCK": _triton.power_of_two(edge), "ROWS": ROWS}
+    programs = num_heads * edge // ROWS
     _triton.launch(_expand_bias, programs, table=table.contiguous(), bias=bias, **sizes)
     return bias
 
