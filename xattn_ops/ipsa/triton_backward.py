@@ -370,8 +370,8 @@ def ipsa_bwd(
         sizes = {"HEADS": num_heads, "WH": window_h, "WW": window_w, "EDGE": edge}
         sizes |= {"groups": call.groups, "BLOCK": _triton.power_of_two(edge), "ROWS": ROWS}
         programs = num_heads * -(-bias_table.shape[0] // ROWS)
-        sums: dict[str, Any] = {"bias_sums": bias_sums, "grad_table": grad_table}
-        _triton.launch(_sum_bias, programs, warps=4, **sums, **sizes)
+        tables: dict[str, Any] = {"bias_sums": bias_sums, "grad_table": grad_table}
+        _triton.launch(_sum_bias, programs, warps=4, **tables, **sizes)
     if pad_qkv is not None:  # the query of a padding token is cropped: its gradient stays zero
         sums = pad_sums.sum(0)[..., : call.arguments["D"]]  # [heads, 2, D]
         grad_pad[pad_qkv.numel() // 3 :] = sums.transpose(0, 1).reshape(-1)
