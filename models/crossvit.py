@@ -7,6 +7,7 @@ Two branches, small (0) and large (1), each on the image in its own size and pat
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from xattn_ops.models.registry import register
 # Patches of 12 pixels see the image enlarged by 15/14, patches of other sizes as it is. In whole
 # patches these are 240 pixels for 224, 408 for 384 and 504 for 480 (table 4).
 ENLARGE = {12: (15, 14)}
+_TIMM = re.compile(r"^(pos_embed|cls_token)_(\d+)$")
 
 
 class CrossViT(nn.Module):
@@ -171,8 +173,11 @@ class CrossViT(nn.Module):
         return [f if isinstance(f, CrossAttentionBlock) else f[-1] for f in found.fusion]  # type: ignore[index]
 
     def adapt_official(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """An official state in this model's layout, and the prefixes of keys it need not fit."""
-        state = dict(state)
+        """A state in this model's layout, and the prefixes of keys it need not fit.
+
+        timm's has pos_embed_0 where the official has pos_embed.0, and cls_token likewise.
+        """
+        state = {_TIMM.sub(r"\1.\2", key): tensor for key, tensor in state.items()}
         for b in BRANCHES:
             key = f"pos_embed.{b}"
             side = _side(state[key], self.prefix) if key in state else 0
