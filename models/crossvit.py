@@ -124,15 +124,20 @@ class CrossViT(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """image [B, 3, H, W] -> logits [B, num_classes], or both branches' maps [B, C, h, w]."""
-        xs, grids = self.tokens(image)
         if self.features_only:
-            normed = [norm(x)[:, self.prefix :] for norm, x in zip(self.norm, xs, strict=True)]
-            return [x.mT.unflatten(2, grid) for x, grid in zip(normed, grids, strict=True)]
+            return self.maps(image)
+        xs, _ = self.tokens(image)
         small, large = (
             head(norm(x[:, 0]) if self.prefix else norm(x).mean(1))
             for head, norm, x in zip(self.head, self.norm, xs, strict=True)
         )
         return (small + large) / 2 if self.has_head else torch.cat([small, large], 1)
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W] -> both branches' normalised patches at the end, [B, C, h, w]."""
+        xs, grids = self.tokens(image)
+        normed = [norm(x)[:, self.prefix :] for norm, x in zip(self.norm, xs, strict=True)]
+        return [x.mT.unflatten(2, grid) for x, grid in zip(normed, grids, strict=True)]
 
     def tokens(self, image: Tensor) -> tuple[list[Tensor], list[Grid]]:
         """image [B, 3, H, W] -> each branch's tokens [B, P + h w, C] at the end, and (h, w)."""
