@@ -6,8 +6,10 @@ import pytest
 import torch
 from support.models import on_meta
 from support.timm import assert_near, lively, timm
+from timm.models.crossvit import CrossVit
 from torch import nn
 
+from xattn_ops import flops
 from xattn_ops.models import create_model, load_official
 
 SIDES = {"240": "224", "408": "384"}  # of the small branch, which timm calls the model by, and ours
@@ -83,6 +85,20 @@ def test_position_embeddings_of_timm_are_resized():
         picture = whole.pos_embed[b][:, 1:].mT.unflatten(2, before)
         resized = nn.functional.interpolate(picture, grid, mode="bicubic", align_corners=False)
         torch.testing.assert_close(small.pos_embed[b][:, 1:], resized.flatten(2).mT)
+
+
+def test_macs_of_several_cross_attentions_in_a_row():
+    """Table 7 D, L = 2: timm's second module sees the CLS token alone, and has the paper's 5.6.
+
+    Ours sees the patches too: test_models_crossvit_paper.
+    """
+    sizes = {"embed_dim": (192, 384), "num_heads": (6, 6), "mlp_ratio": (4, 4, 1)}
+    options = {"depth": ((1, 4, 2),) * 3, "img_size": 224, "img_scale": (240 / 224, 1.0)}
+    model = CrossVit(patch_size=(12, 16), **sizes, **options)
+    assert f"{flops.count(model, (1, 3, 224, 224))[''] / 1e9:.1f}" == "5.6"
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if "_" in n.split(".")[-1])
+    count = sum(p.numel() for p in model.parameters())
+    assert f"{(count - embeddings) / 1e6:.1f}" == "28.9"
 
 
 @pytest.mark.parametrize(
