@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import DENSE, wrong
-from support.convrel import SMALL_POSITION as POSITION
+from support.convpos import SMALL as POSITION
 
 from xattn_ops import (
     ConvPositionEncoding,

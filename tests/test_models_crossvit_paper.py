@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import backends, on_meta, small_crossvit
+from support.cases import backends
+from support.models import on_meta, small_crossvit
 from torch import Tensor, nn
 
 from xattn_ops import flops
