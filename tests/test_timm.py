@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import backends
+from support.cases import backends
 from support.timm import (
     SMALL,
     assert_near,
@@ -343,13 +343,12 @@ def test_patching_again_changes_the_backend():
     assert model.blocks[0].fusion[0].attn.backend == "reference"
 
 
-def test_the_backend_reaches_the_operators(monkeypatch):
-    monkeypatch.setenv("XATTN_BACKEND", "")
-    for family in SMALL:
-        model = small(family).eval()
-        patch(model, backend="triton")
-        with pytest.raises(ValueError, match="'triton' cannot serve"):
-            model(image_for(model))
+@families
+def test_the_backend_reaches_the_operators(family):
+    model = small(family).eval()
+    patch(model, backend="cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot serve"):
+        model(image_for(model))
 
 
 def test_a_part_of_a_larger_model():
