@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from xattn_ops import _backend
+
 Wrong = tuple[str, type[Exception], str, dict[str, Any]]  # id, error, message, arguments
 
 DENSE = "float32, bfloat16, float16 or float64"
@@ -242,7 +244,7 @@ def probability(name: str) -> list[Wrong]:
 
 
 def backend(function: Callable[..., Any]) -> list[Wrong]:
-    """Of the functions that have kernels for the CPU alone."""
+    """Unknown ones, and those that the function has no kernels for."""
     name = function.__name__
     return [
         of_value("backend must be one of cuda, triton, cpu, reference, got 'gpu'", backend="gpu"),
@@ -253,5 +255,6 @@ def backend(function: Callable[..., Any]) -> list[Wrong]:
                 backend=other,
             )
             for other in ("cuda", "triton")
+            if other not in _backend._KERNELS[name]
         ),
     ]
