@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import backends
+from support.cases import backends
 from support.timm import (
     SMALL,
     assert_near,
