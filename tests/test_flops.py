@@ -260,6 +260,30 @@ def test_count_gives_each_module_its_share_and_its_parents_the_sum():
     assert macs == {"": conv + linear, "0": conv, "1": linear, "1.1": linear}
 
 
+def test_count_gives_parents_what_others_call_for_them():
+    """A list is never called; CAT's model calls the downsampling of its layers itself."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
+            self.layers[0].extra = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0].extra(self.layers[0](x)))
+
+    macs = flops.count(Model(), (3, 4))
+    expected = {"": 40, "layers": 40, "layers.0": 32, "layers.0.extra": 16, "layers.1": 8}
+    assert macs == {name: 3 * count for name, count in expected.items()}
+
+
+def test_the_parts_of_a_model_add_up():
+    macs = flops.count(create_model("cat_tiny"), (1, 3, 224, 224))
+    stages = sum(macs[f"layers.{i}"] for i in range(4))
+    assert macs["layers"] == stages
+    assert macs[""] == macs["patch_embed"] + stages + macs["head"]
+
+
 def test_count_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
     model[1].eval()

@@ -1,4 +1,4 @@
-"""The command line: ``python -m xattn_ops info | demo | bench``."""
+"""The command line: ``python -m xattn_ops info | demo | flops | bench | report``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=int, help="intra-op threads (torch's own choice)")
     demo.set_defaults(run=_demo)
 
+    flops = commands.add_parser("flops", help="parameters and MACs beside the papers' figures")
+    flops.add_argument(
+        "models", nargs="*", metavar="MODEL", help="their rows, and MACs by module (all rows)"
+    )
+    flops.add_argument("--depth", type=int, default=1, help="of the modules of a MODEL (1)")
+    flops.add_argument("--json", type=Path, metavar="FILE", help="write everything counted")
+    flops.set_defaults(run=_flops)
+
     bench = commands.add_parser("bench", help="the operators against plain PyTorch")
     add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
@@ -70,6 +78,12 @@ def _demo(args: argparse.Namespace) -> int:
     from xattn_ops.demo import run
 
     return run(args, _console())
+
+
+def _flops(args: argparse.Namespace) -> int:
+    from xattn_ops.papers.command import main as flops
+
+    return flops(args, _console())
 
 
 def _bench(args: argparse.Namespace) -> int:

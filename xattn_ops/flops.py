@@ -14,8 +14,9 @@ CrossViT: "Cross-Attention Multi-Scale Vision Transformer", arXiv:2103.14899.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -264,8 +265,9 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
         input_shape: full shape of that tensor, batch included, e.g. ``(1, 3, 224, 224)``.
 
     Returns:
-        MACs by qualified module name, children included in their parents; ``""`` is the whole
-        model. A module that executed nothing countable is absent.
+        MACs by qualified module name, children included in their parents, even where something
+        else calls them; ``""`` is the whole model. A module that executed nothing countable is
+        absent.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     image = torch.zeros(tuple(input_shape), dtype=like.dtype, device=like.device)
@@ -273,15 +275,40 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_SDPA) as mode:
-            model(image)
+            macs = _by_module(model, image, lambda: mode.get_total_flops() // 2)
     finally:
         for module in was_training:
             module.training = True
-    prefix = type(model).__name__ + "."
-    macs = {"": mode.get_total_flops() // 2}
-    for name, by_op in mode.get_flop_counts().items():
-        if name.startswith(prefix):
-            macs[name.removeprefix(prefix)] = sum(by_op.values()) // 2
+    return {name: count for name, count in macs.items() if count or not name}
+
+
+def _by_module(model: nn.Module, image: torch.Tensor, total: Callable[[], int]) -> dict[str, int]:
+    """Run the model; what `total` grew by while a module or one below it by name ran."""
+    macs: dict[str, int] = {}
+    running: dict[str, int] = {}  # the total when it began
+
+    def lineage(name: str) -> list[str]:
+        parts = name.split(".") if name else []
+        return [".".join(parts[:length]) for length in range(len(parts) + 1)]
+
+    hooks = []
+    for name, module in model.named_modules():
+        begun: list[list[str]] = []  # for each call of this module that has not returned
+
+        def enter(*_: Any, name: str = name, begun: list[list[str]] = begun) -> None:
+            begun.append([one for one in lineage(name) if one not in running])
+            running.update(dict.fromkeys(begun[-1], total()))
+
+        def leave(*_: Any, begun: list[list[str]] = begun) -> None:
+            for one in begun.pop():
+                macs[one] = macs.get(one, 0) + total() - running.pop(one)
+
+        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return macs
 
 
