@@ -39,6 +39,7 @@ __all__ = [
     "OPERATORS",
     "SHAPES",
     "STEP",
+    "SWEPT",
     "Case",
     "Grid",
     "OnGrid",
@@ -86,11 +87,27 @@ MODELS = {
 }
 
 
-def build(operator: str, stage: int, batch: int, dtype: torch.dtype, direction: str) -> Case:
+# operators alone, whose shapes can be those of other image sizes
+SWEPT = tuple(name for name in OPERATORS if hasattr(SHAPES[name][0], "at"))
+
+
+def build(
+    operator: str,
+    stage: int,
+    batch: int,
+    dtype: torch.dtype,
+    direction: str,
+    device: str = "cpu",
+    side: int | None = None,
+) -> Case:
     """The case of one of the operator's `SHAPES`, or of a model, which has none.
 
-    A shape may have fewer images than `batch`.
+    A shape may have fewer images than `batch`. side: of the image that the shape is scaled to, for
+    `SWEPT` operators; None: 224, as the shape stands.
     """
-    if operator in BUILDERS:
-        return BUILDERS[operator](SHAPES[operator][stage], batch, dtype, direction)
-    return model_case(operator, batch, dtype, direction)
+    with torch.device(device):
+        if operator not in BUILDERS:
+            return model_case(operator, batch, dtype, direction)
+        shape = SHAPES[operator][stage]
+        shape = shape if side is None else shape.at(side)
+        return BUILDERS[operator](shape, batch, dtype, direction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,10 @@ class Stage:
     channels: int
     heads: int
     window: tuple[int, int] = (7, 7)
+
+    def at(self, side: int) -> Stage:
+        """The same stage of an image of another side than 224."""
+        return replace(self, height=self.height * side // 224, width=self.width * side // 224)
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}x{self.channels}"
@@ -54,6 +58,10 @@ class Grid:
     @property
     def size(self) -> tuple[int, int]:
         return self.height, self.width
+
+    def at(self, side: int) -> Grid:
+        """The same scale of an image of another side than 224."""
+        return replace(self, height=self.height * side // 224, width=self.width * side // 224)
 
     def batch(self, wanted: int) -> int:
         return wanted if self.most_batch is None else min(wanted, self.most_batch)

@@ -20,6 +20,7 @@ from xattn_ops.benchmarks.cases.shapes import Grid, Stage
 from xattn_ops.models import create_model, list_models
 from xattn_ops.models.cat import Block
 from xattn_ops.models.coat_blocks import Rates, SerialBlock
+from xattn_ops.papers.measure import side_of
 
 
 class OnGrid(nn.Module):
@@ -66,8 +67,9 @@ def model_case(name: str, batch: int, dtype: torch.dtype, direction: str) -> Cas
     check_model(name)
     torch.manual_seed(0)
     model = create_model(name, drop_path=0.0)
-    image = Maker(dtype, FORWARD)(batch, 3, 224, 224)
-    return _module_case(name, "224x224", model, image, direction)
+    side = side_of(name)
+    image = Maker(dtype, FORWARD)(batch, 3, side, side)
+    return _module_case(name, f"{side}x{side}", model, image, direction)
 
 
 def check_model(name: str) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from xattn_ops import flops
 from xattn_ops.models import list_models
 from xattn_ops.papers import PAPERS, operators
-from xattn_ops.papers.measure import available, measure, on_meta
+from xattn_ops.papers.measure import available, measure, on_meta, side_of
 from xattn_ops.papers.table import Paper, Row
 from xattn_ops.papers.verdict import Verdict, judge
 
@@ -139,9 +139,8 @@ def _missing(row: Row) -> list[str]:
 
 
 def module_table(name: str, depth: int) -> Table:
-    """MACs of a model by module, down to a depth, on its first printed image size."""
-    rows = [r for paper in PAPERS for r in paper.rows if r.model == name and not r.options]
-    side = rows[0].side if rows else 224
+    """MACs of a model by module, down to a depth."""
+    side = side_of(name)
     model = on_meta(name, {})
     macs = flops.count(model, (1, 3, side, side))
     out = Table(title=f"{name} at {side} x {side}: MACs by module")

@@ -48,6 +48,11 @@ def available(row: Row) -> bool:
     return row.model in list_models()
 
 
+def side_of(name: str) -> int:
+    """Side of the images that a model is for."""
+    return 384 if name.endswith("_384") else 224
+
+
 def measure(row: Row) -> Measured:
     """Count the model of a row, without memory for its weights."""
     return _measure(row.model, row.side, tuple(sorted(row.options.items())))
