@@ -88,9 +88,11 @@ def roofline(rows: Sequence[Row], measured: dict[str, Any], title: str) -> Figur
     for dtype, peak in measured["gflops"].items():
         axis.axhline(peak, color="0.5", linewidth=1)
         axis.annotate(f"best linear, {dtype}", (low, peak), fontsize=8, va="bottom", color="0.5")
+    top = max(measured["gflops"].values(), default=float("inf"))
     for bandwidth, name in ((max(copies, default=0), "cache"), (min(copies, default=0), "memory")):
         if bandwidth:
-            axis.plot([low, high], [low * bandwidth, high * bandwidth], color="0.5", linewidth=1)
+            ends = [low, min(high, top / bandwidth)]
+            axis.plot(ends, [bandwidth * end for end in ends], color="0.5", linewidth=1)
             axis.annotate(
                 f"copy, {name}", (low, low * bandwidth), fontsize=8, va="bottom", color="0.5"
             )

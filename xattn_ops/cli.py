@@ -64,6 +64,17 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="the operators against plain PyTorch")
     add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
+
+    report = commands.add_parser("report", help="papers and measurements on one HTML page")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    report.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="files of `bench --json`, or folders of them (those of benchmarks/results)",
+    )
+    report.set_defaults(run=_report)
     return top
 
 
@@ -90,6 +101,12 @@ def _bench(args: argparse.Namespace) -> int:
     from xattn_ops.benchmarks.command import main as bench
 
     return bench(args, _console())
+
+
+def _report(args: argparse.Namespace) -> int:
+    from xattn_ops.report.command import main as report
+
+    return report(args, _console())
 
 
 def _console() -> Console:
