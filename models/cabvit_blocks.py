@@ -147,6 +147,10 @@ def add_scaled_linear(
     return drop_path(linear(x, gamma[:, None] * layer.weight, gamma * layer.bias), shortcut)
 
 
+def _factors(dim: int, value: float) -> nn.Parameter:
+    return nn.Parameter(torch.full((dim,), float(value)))
+
+
 def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
@@ -163,7 +167,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, dim: int, drop_path: float, layer_scale: float, backend: str | None):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma = _factors(dim, layer_scale)
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = norm_layer(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
@@ -214,8 +218,8 @@ class WindowBlock(nn.Module):
         super().__init__()
         one_window = max(grid) <= WINDOW  # a shift would only cut it apart
         shift = 0 if one_window or index % 2 == 0 else WINDOW // 2
-        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_1 = _factors(dim, layer_scale)
+        self.gamma_2 = _factors(dim, layer_scale)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = InnerPatchAttention(
             dim,
@@ -284,8 +288,8 @@ class CaBlock(DigestAttention):
             backend=backend,
         )
         self.makes_digest = digests and makes_digest
-        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_1 = _factors(dim, layer_scale)
+        self.gamma_2 = _factors(dim, layer_scale)
         self.norm1 = nn.LayerNorm(dim)
         self.stride, self.tme = STRIDE, tme
         if tme:
@@ -380,18 +384,16 @@ def _contexts(
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Any:
-    tracking = [
-        module
-        for module in block.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    for module in tracking:
-        module.track_running_stats = False
+    """The running statistics are updated by nothing, which saves as many tensors for backward."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for norm, kept in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = kept
 
 
 # ---- Tables of other grids ----------------------------------------------------------------------
