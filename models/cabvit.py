@@ -20,6 +20,7 @@ from xattn_ops.models.cabvit_blocks import (
     CaBlock,
     ConvNeXtBlock,
     Grid,
+    PatchProjection,
     WindowBlock,
     digest_grid,
     run_blocks,
@@ -210,8 +211,7 @@ class PlainCabViT(nn.Module):
         self.patch = patch
         height, width = image_size(img_size)
         self.grid: Grid = (max(height // patch, 1), max(width // patch, 1))
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)
+        self.patch_embed = PatchProjection(dim, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed: nn.Parameter | None = None
         if pos_embed:
@@ -256,7 +256,7 @@ class PlainCabViT(nn.Module):
         height, width = check_image(image)
         pad = (0, max(self.patch - width, 0), 0, max(self.patch - height, 0))
         image = F.pad(image, pad) if any(pad) else image
-        patches = self.patch_embed.proj(image).permute(0, 2, 3, 1)
+        patches = self.patch_embed(image)
         grid = (patches.shape[1], patches.shape[2])
         x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches.flatten(1, 2)], 1)
         if self.pos_embed is not None:

@@ -116,6 +116,17 @@ class PatchDownsample(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
+class PatchProjection(nn.Module):
+    """[B, 3, H, W] -> [B, H // patch, W // patch, dim]: DeiT's, whole patches projected."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image).permute(0, 2, 3, 1)
+
+
 EMBEDS: dict[str, tuple[Any, Any]] = {
     "conv": (ConvStem, ConvDownsample),
     "patch": (PatchStem, PatchDownsample),
@@ -129,13 +140,13 @@ def add_scaled_mlp(
     x: Tensor, shortcut: Tensor, fc1: nn.Linear, fc2: nn.Linear, gamma: Tensor, drop_path: DropPath
 ) -> Tensor:
     """shortcut + DropPath(gamma * fc2(gelu(fc1 x)))."""
-    w1, b1, w2, b2 = fc1.weight, fc1.bias, fc2.weight, fc2.bias
     if _rows(x) <= fc2.in_features:
-        return add_scaled(mlp(x, w1, b1, w2, b2), shortcut, gamma, drop_path)
-    w2, b2 = gamma[:, None] * w2, gamma * b2
+        y = mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return add_scaled(y, shortcut, gamma, drop_path)
+    layers = fc1.weight, fc1.bias, gamma[:, None] * fc2.weight, gamma * fc2.bias
     if drop_path.active:
-        return drop_path(mlp(x, w1, b1, w2, b2), shortcut)
-    return mlp(x, w1, b1, w2, b2, shortcut)
+        return drop_path(mlp(x, *layers), shortcut)
+    return mlp(x, *layers, shortcut)
 
 
 def add_scaled_linear(

@@ -74,3 +74,41 @@ COAT = (
     Grid(256, 256, 8, most_batch=1),
 )
 COAT_SMALL_SCALES = COAT[:4]
+
+
+@dataclass(frozen=True)
+class WithDigests:
+    """Tokens of a map in a CabViT block, and the digests of `earlier` blocks before it."""
+
+    height: int
+    width: int
+    head_dim: int
+    heads: int
+    earlier: int
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def digests(self) -> int:
+        return self.earlier * -(-self.height // 4) * -(-self.width // 4)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width} {self.heads}x{self.head_dim} m={self.digests}"
+
+
+CABVIT = (
+    WithDigests(14, 14, 32, 6, 5),  # stage 3 of CabViT-H-L1, its last block
+    WithDigests(14, 14, 32, 6, 1),  # and its second
+    WithDigests(7, 7, 32, 10, 1),  # stage 4, its last
+    WithDigests(28, 28, 32, 6, 5),  # stage 3 at 448 pixels
+)

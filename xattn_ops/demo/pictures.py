@@ -39,7 +39,7 @@ def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: st
     """
     channels = 5
     figure = _figure(2 * (channels + 2), 2.15 * len(features) + 0.5, title)
-    grid = figure.subplots(len(features), channels + 2)
+    grid = figure.subplots(len(features), channels + 2, squeeze=False)
     for stage, (row, maps) in enumerate(zip(grid, features, strict=True), start=1):
         one = maps[0].float()
         strongest = one.flatten(1).var(1).topk(channels).indices.sort().values.tolist()
