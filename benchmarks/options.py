@@ -26,7 +26,12 @@ PRESETS: dict[str, dict[str, Any]] = {  # for every option that is not given
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the parser everything that `command.main` reads."""
     add = parser.add_argument
-    add("operators", nargs="*", metavar="OPERATOR", help="ipsa, cpsa, convrel, convpos, ... (all)")
+    add(
+        "operators",
+        nargs="*",
+        metavar="OPERATOR",
+        help="ipsa, cpsa, convrel, convpos, digest, ... (all)",
+    )
     add("--preset", choices=PRESETS, help="paper: everything that the papers speak of; quick")
     add("--device", choices=DEVICES, default="cpu", help="where the operands lie (cpu)")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE")

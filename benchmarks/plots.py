@@ -19,6 +19,8 @@ COLOURS = {
     "sdpa": "#8894a1",
     "nhwc": "#8894a1",
     "compile": "#5d6b7a",
+    "sdpa + compile": "#46525f",
+    "nhwc + compile": "#46525f",
     "flex": "#d8b365",
 }
 MARKERS = "osD^vP*X<>hp"

@@ -5,7 +5,6 @@ Hybrid models (CabViT-H) and the plain one (CabViT-P); see `cabvit_blocks` for t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from xattn_ops.models.cabvit_blocks import (
     CaBlock,
     ConvNeXtBlock,
     Grid,
+    PatchProjection,
     WindowBlock,
     digest_grid,
     run_blocks,
@@ -211,8 +211,7 @@ class PlainCabViT(nn.Module):
         self.patch = patch
         height, width = image_size(img_size)
         self.grid: Grid = (max(height // patch, 1), max(width // patch, 1))
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)
+        self.patch_embed = PatchProjection(dim, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed: nn.Parameter | None = None
         if pos_embed:
@@ -257,7 +256,7 @@ class PlainCabViT(nn.Module):
         height, width = check_image(image)
         pad = (0, max(self.patch - width, 0), 0, max(self.patch - height, 0))
         image = F.pad(image, pad) if any(pad) else image
-        patches = self.patch_embed.proj(image).permute(0, 2, 3, 1)
+        patches = self.patch_embed(image)
         grid = (patches.shape[1], patches.shape[2])
         x = torch.cat([self.cls_token.expand(len(image), -1, -1), patches.flatten(1, 2)], 1)
         if self.pos_embed is not None:
@@ -367,8 +366,12 @@ def _check_options(
         _checks.divides("head_dim", head_dim, "the channels of stages 3 and 4", dim)
 
 
+def _register(name: str, model: type[nn.Module], **architecture: Any) -> None:
+    register(f"cabvit_{name}", lambda **options: model(**architecture | options))
+
+
 # section 3.2 and, for L3, the official code
-register("cabvit_h_l1", functools.partial(CabViT, (64, 128, 192, 320), (2, 2, 6, 2)))
-register("cabvit_h_l2", functools.partial(CabViT, (96, 192, 320, 480), (2, 2, 7, 2)))
-register("cabvit_h_l3", functools.partial(CabViT, (96, 192, 320, 512), (3, 6, 12, 3)))
-register("cabvit_p_l0", functools.partial(PlainCabViT, 192, 12, 3))
+_register("h_l1", CabViT, dims=(64, 128, 192, 320), depths=(2, 2, 6, 2))
+_register("h_l2", CabViT, dims=(96, 192, 320, 480), depths=(2, 2, 7, 2))
+_register("h_l3", CabViT, dims=(96, 192, 320, 512), depths=(3, 6, 12, 3))
+_register("p_l0", PlainCabViT, dim=192, depth=12, heads=3)

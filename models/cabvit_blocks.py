@@ -116,6 +116,17 @@ class PatchDownsample(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
+class PatchProjection(nn.Module):
+    """[B, 3, H, W] -> [B, H // patch, W // patch, dim]: DeiT's, whole patches projected."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(image).permute(0, 2, 3, 1)
+
+
 EMBEDS: dict[str, tuple[Any, Any]] = {
     "conv": (ConvStem, ConvDownsample),
     "patch": (PatchStem, PatchDownsample),
@@ -129,13 +140,13 @@ def add_scaled_mlp(
     x: Tensor, shortcut: Tensor, fc1: nn.Linear, fc2: nn.Linear, gamma: Tensor, drop_path: DropPath
 ) -> Tensor:
     """shortcut + DropPath(gamma * fc2(gelu(fc1 x)))."""
-    w1, b1, w2, b2 = fc1.weight, fc1.bias, fc2.weight, fc2.bias
     if _rows(x) <= fc2.in_features:
-        return add_scaled(mlp(x, w1, b1, w2, b2), shortcut, gamma, drop_path)
-    w2, b2 = gamma[:, None] * w2, gamma * b2
+        y = mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return add_scaled(y, shortcut, gamma, drop_path)
+    layers = fc1.weight, fc1.bias, gamma[:, None] * fc2.weight, gamma * fc2.bias
     if drop_path.active:
-        return drop_path(mlp(x, w1, b1, w2, b2), shortcut)
-    return mlp(x, w1, b1, w2, b2, shortcut)
+        return drop_path(mlp(x, *layers), shortcut)
+    return mlp(x, *layers, shortcut)
 
 
 def add_scaled_linear(
@@ -145,6 +156,10 @@ def add_scaled_linear(
     if _rows(x) <= layer.in_features:
         return add_scaled(linear(x, layer.weight, layer.bias), shortcut, gamma, drop_path)
     return drop_path(linear(x, gamma[:, None] * layer.weight, gamma * layer.bias), shortcut)
+
+
+def _factors(dim: int, value: float) -> nn.Parameter:
+    return nn.Parameter(torch.full((dim,), float(value)))
 
 
 def _rows(x: Tensor) -> int:
@@ -163,7 +178,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, dim: int, drop_path: float, layer_scale: float, backend: str | None):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma = _factors(dim, layer_scale)
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = norm_layer(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
@@ -214,8 +229,8 @@ class WindowBlock(nn.Module):
         super().__init__()
         one_window = max(grid) <= WINDOW  # a shift would only cut it apart
         shift = 0 if one_window or index % 2 == 0 else WINDOW // 2
-        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_1 = _factors(dim, layer_scale)
+        self.gamma_2 = _factors(dim, layer_scale)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = InnerPatchAttention(
             dim,
@@ -284,8 +299,8 @@ class CaBlock(DigestAttention):
             backend=backend,
         )
         self.makes_digest = digests and makes_digest
-        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_1 = _factors(dim, layer_scale)
+        self.gamma_2 = _factors(dim, layer_scale)
         self.norm1 = nn.LayerNorm(dim)
         self.stride, self.tme = STRIDE, tme
         if tme:
@@ -380,18 +395,16 @@ def _contexts(
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Any:
-    tracking = [
-        module
-        for module in block.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    for module in tracking:
-        module.track_running_stats = False
+    """The running statistics are updated by nothing, which saves as many tensors for backward."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for norm, kept in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = kept
 
 
 # ---- Tables of other grids ----------------------------------------------------------------------

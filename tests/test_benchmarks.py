@@ -342,9 +342,14 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
             id="what-goes-with-coat",
         ),
         pytest.param(
+            ["digest", "--stages", "1", "--blocks", "--models"],
+            [("digest", 1), ("cabvit_block", 1), ("cabvit_h_l2", 0)],
+            id="what-goes-with-cabvit",
+        ),
+        pytest.param(
             ["--models", "--blocks", "--stages", "3"],
-            [("cab", 3), ("coat_block", 3)]
-            + [(name, 0) for name in ("cat_small", "coat_lite_small", "coat_mini")],
+            [("cab", 3), ("coat_block", 3), ("cabvit_block", 3)]
+            + [(name, 0) for name in ("cat_small", "coat_lite_small", "coat_mini", "cabvit_h_l2")],
             id="blocks-and-models-alone",
         ),
         pytest.param(["--models", "coat_tiny"], [("coat_tiny", 0)], id="a-model"),

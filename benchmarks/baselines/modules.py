@@ -16,6 +16,7 @@ from xattn_ops import (
     InnerPatchAttention,
     _linear,
 )
+from xattn_ops.benchmarks.baselines.cabvit import PLAIN_CABVIT
 from xattn_ops.benchmarks.baselines.convpos import convpos_eager
 from xattn_ops.benchmarks.baselines.convrel import convrel_eager
 from xattn_ops.benchmarks.baselines.cpsa import attend_eager, cpsa
@@ -94,6 +95,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     CrossPatchAttention: PlainCrossPatch,
     ConvRelativeAttention: PlainConvRelative,
     ConvPositionEncoding: PlainConvPosition,
+    **PLAIN_CABVIT,
 }
 
 

@@ -7,6 +7,7 @@ shapes              the feature maps of the models
 case                what a case is
 ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
+digest              CabViT's
 whole               blocks and models
 """
 
@@ -21,11 +22,21 @@ from xattn_ops.benchmarks.cases.case import FORWARD, STEP, Case, Variant
 from xattn_ops.benchmarks.cases.convpos import convpos_case
 from xattn_ops.benchmarks.cases.convrel import convrel_case, convrel_module_case
 from xattn_ops.benchmarks.cases.cpsa import cpsa_case
+from xattn_ops.benchmarks.cases.digest import digest_case
 from xattn_ops.benchmarks.cases.ipsa import ipsa_case, ipsa_module_case
-from xattn_ops.benchmarks.cases.shapes import CAT_SMALL, COAT, COAT_SMALL_SCALES, Grid, Stage
+from xattn_ops.benchmarks.cases.shapes import (
+    CABVIT,
+    CAT_SMALL,
+    COAT,
+    COAT_SMALL_SCALES,
+    Grid,
+    Stage,
+    WithDigests,
+)
 from xattn_ops.benchmarks.cases.whole import (
     OnGrid,
     cab_case,
+    cabvit_block_case,
     check_model,
     coat_block_case,
     model_case,
@@ -45,6 +56,7 @@ __all__ = [
     "OnGrid",
     "Stage",
     "Variant",
+    "WithDigests",
     "build",
     "check_model",
     "model_case",
@@ -59,6 +71,8 @@ BUILDERS: dict[str, Callable[[Any, int, torch.dtype, str], Case]] = {
     "convrel_module": convrel_module_case,
     "convpos": convpos_case,
     "coat_block": coat_block_case,
+    "digest": digest_case,
+    "cabvit_block": cabvit_block_case,
 }
 SHAPES: dict[str, tuple[Any, ...]] = {
     "ipsa": CAT_SMALL,
@@ -69,6 +83,8 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "convrel_module": COAT,
     "convpos": COAT,
     "coat_block": COAT_SMALL_SCALES,
+    "digest": CABVIT,
+    "cabvit_block": CABVIT,
 }
 # argument of the command -> the cases, blocks and models that go with it
 OPERATORS = {
@@ -76,14 +92,22 @@ OPERATORS = {
     "cpsa": ("cpsa",),
     "convrel": ("convrel", "convrel_module"),
     "convpos": ("convpos",),
+    "digest": ("digest",),
 }
-BLOCKS = {"ipsa": "cab", "cpsa": "cab", "convrel": "coat_block", "convpos": "coat_block"}
+BLOCKS = {
+    "ipsa": "cab",
+    "cpsa": "cab",
+    "convrel": "coat_block",
+    "convpos": "coat_block",
+    "digest": "cabvit_block",
+}
 _OF_COAT = ("coat_lite_small", "coat_mini")
 MODELS = {
     "ipsa": ("cat_small",),
     "cpsa": ("cat_small",),
     "convrel": _OF_COAT,
     "convpos": _OF_COAT,
+    "digest": ("cabvit_h_l2",),
 }
 
 

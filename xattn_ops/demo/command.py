@@ -17,11 +17,13 @@ from xattn_ops import _library
 from xattn_ops.benchmarks.timing import thread_count
 from xattn_ops.demo import measure, photo, pictures
 from xattn_ops.models import create_model, list_models, load_official
+from xattn_ops.models.cabvit import AttentionMaps, CabViT, PlainCabViT, attention_maps
 from xattn_ops.models.coat import SCALES, CoaT, cls_attention
 
 POINT = (0.345, 0.56)  # row, column of the chosen pixel and patch as fractions: a portrait's face
 KEY = "red: more than an even share of attention, blue: less"
 CLS_KEY = "red: more than the map's mean, blue: less"
+DIGEST_KEY = "red: more than an even share of tokens and digests, blue: less; one range a row"
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -34,12 +36,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     picture = photo.load(args.image, args.size)
     model = load_model(args.model, args.weights)
+    cls_maps: list[tuple[str, Tensor]] = []
+    digest_maps: list[tuple[str, AttentionMaps]] = []
     if isinstance(model, CoaT):
         cls_maps = attention_of_cls(model, picture.tensor, args.block)
-    elif args.block is None:
-        cls_maps = []
-    else:
-        raise ValueError(f"--block chooses CLS attention maps, and {args.model} has no CLS token")
+    elif isinstance(model, CabViT | PlainCabViT):
+        digest_maps = attention_on_digests(model, picture.tensor, args.block)
+    elif args.block is not None:
+        raise ValueError(
+            f"--block chooses maps of CLS or of digests, and {args.model} has neither of them"
+        )
     said = "official weights" if args.weights else "RANDOM weights"
     console.print(
         f"[bold]{args.model}[/] with {said} on {picture.name} "
@@ -59,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     assert isinstance(features, list | tuple)
     if any(one.faster == "busy" for one in measured):
         console.print("[yellow]The machine is busy with something else: no ratio where it says so.")
-    for path in draw(picture, captured, features, cls_maps, measured, args.out, about):
+    for path in draw(picture, captured, features, cls_maps, digest_maps, measured, args.out, about):
         console.print(f"wrote {path}")
     wrong = [one.captured for one in measured if not one.check.passed]
     for one in wrong:
@@ -73,7 +79,7 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     Raises:
         ValueError: no such model or checkpoint.
     """
-    known = [model for model in list_models() if model.startswith(("cat_", "coat_"))]
+    known = [model for model in list_models() if model.startswith(("cabvit_", "cat_", "coat_"))]
     if name not in known:
         raise ValueError(f"no model {name!r} to show; there are {', '.join(known)}")
     torch.manual_seed(0)
@@ -112,11 +118,38 @@ def attention_of_cls(model: CoaT, image: Tensor, block: int | None) -> list[tupl
     return maps
 
 
+def attention_on_digests(
+    model: CabViT | PlainCabViT, image: Tensor, block: int | None
+) -> list[tuple[str, AttentionMaps]]:
+    """What each block is called, and its attention (CabViT, Fig. 6).
+
+    Args:
+        block: which of a stage's blocks, from 0, or from -1 backwards; None: every second one, as
+            in the paper. Stages without it are left out.
+
+    Raises:
+        ValueError: no stage has such a block.
+    """
+    stages = (3, 4) if isinstance(model, CabViT) else (1,)
+    depths = {stage: len(model.cab_blocks(stage)) for stage in stages}
+    found = []
+    for stage, depth in depths.items():
+        wanted = range(1, depth, 2) if block is None else [block] * (-depth <= block < depth)
+        for index in wanted:
+            name = f"stage {stage}, block {index % depth}"
+            found.append((name, attention_maps(model, image, stage, index)))
+    if not found:
+        deepest = max(depths.values())
+        raise ValueError(f"--block must be -{deepest} to {deepest - 1}, got {block}")
+    return found
+
+
 def draw(
     picture: photo.Photo,
     captured: list[measure.Captured],
     features: list[Tensor] | tuple[Tensor, ...],
     cls_maps: list[tuple[str, Tensor]],
+    digest_maps: list[tuple[str, AttentionMaps]],
     measured: list[measure.Measured],
     out: Path,
     about: str,
@@ -140,6 +173,10 @@ def draw(
         paths.append(out / "cls_attention.png")
         title = f"What the CLS token takes of each place ({about})\n{CLS_KEY}"
         pictures.cls_attention_maps(picture, cls_maps, paths[-1], title)
+    if digest_maps:
+        paths.append(out / "digest_attention.png")
+        title = f"What one token takes of the others and of earlier digests ({about})\n{DIGEST_KEY}"
+        pictures.digest_attention_maps(picture, digest_maps, POINT, paths[-1], title)
     paths.append(out / "latency.png")
     threads, isa = measured[0].fused.threads, _library.isa() or "reference"
     title = f"Latency on the photo's activations, {threads} threads, float32, {isa}"

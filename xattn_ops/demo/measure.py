@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,21 +13,29 @@ from xattn_ops import (
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
+    DigestAttention,
     InnerPatchAttention,
     flops,
 )
 from xattn_ops.benchmarks.baselines import plain_linears
-from xattn_ops.benchmarks.cases import OnGrid
 from xattn_ops.benchmarks.runner import Check, compare
 from xattn_ops.benchmarks.timing import Timing, interleaved
 from xattn_ops.demo.attention import cross_patch_weights, inner_patch_weights
+from xattn_ops.models.cabvit_blocks import CaBlock
 
-Operator = InnerPatchAttention | CrossPatchAttention | ConvRelativeAttention | ConvPositionEncoding
+Operator = (
+    InnerPatchAttention
+    | CrossPatchAttention
+    | ConvRelativeAttention
+    | ConvPositionEncoding
+    | DigestAttention
+)
 OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are shown
     InnerPatchAttention: "ipsa",
     CrossPatchAttention: "cpsa",
     ConvRelativeAttention: "convrel",
     ConvPositionEncoding: "convpos",
+    DigestAttention: "digest",
 }
 
 
@@ -43,6 +51,7 @@ class Captured:
     module: Operator
     x: Tensor
     grid: tuple[int, int]
+    digests: Tensor | None = None  # [1, M, C], of digest attention
 
     @property
     def shape(self) -> str:
@@ -57,6 +66,9 @@ class Captured:
 
     def arguments(self, x: Tensor) -> tuple[Any, ...]:
         """What the module takes for this x."""
+        if isinstance(self.module, DigestAttention):
+            few = self.digests
+            return (x, None if few is None else few.to(x.dtype).expand(len(x), -1, -1))
         return (x,) if x.dim() == 4 else (x, self.grid)
 
     def weights(self) -> Tensor:
@@ -87,22 +99,38 @@ class Measured:
         return f"{self.eager.median / self.fused.median:.1f}x"
 
 
-@torch.no_grad()
-def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], object]:
-    """Run the model once; returns the first of each operator in every stage, and its output.
+class OfOne(nn.Module):
+    """A module as a function of its first argument alone."""
 
-    A stage is a new feature-map size, counted from 1.
+    def __init__(self, module: nn.Module, *rest: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.rest = rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x, *self.rest)
+
+
+@torch.no_grad()
+def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], Any]:
+    """Run the model once; returns one of each operator in every stage, and its output.
+
+    It is the first, but of digest attention, which then has no digests, the last. A stage is one
+    of the feature maps that the model gives, counted from 1.
     """
-    found: dict[tuple[str, int], Captured] = {}
-    sizes: dict[tuple[int, int], int] = {}
+    found: dict[tuple[str, tuple[int, int]], Captured] = {}
 
     def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, Operator)
         x = inputs[0].detach()
         grid = (x.shape[1], x.shape[2]) if x.dim() == 4 else inputs[1]
-        operator, stage = OPERATORS[type(module)], sizes.setdefault(grid, len(sizes) + 1)
-        if (operator, stage) not in found:
-            found[operator, stage] = Captured(operator, stage, module, x.clone(), grid)
+        if isinstance(module, CaBlock):
+            alone = attention_of(module, grid, inputs[2])
+            one = Captured("digest", 0, alone, module.norm1(x), grid, inputs[2])
+            found[one.operator, grid] = one
+            return
+        one = Captured(OPERATORS[type(module)], 0, module, x.clone(), grid)
+        found.setdefault((one.operator, grid), one)
 
     hooks = [
         module.register_forward_pre_hook(remember)
@@ -114,9 +142,31 @@ def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], object]:
     finally:
         for handle in hooks:
             handle.remove()
+    stages = {tuple(y.shape[2:]): stage for stage, y in enumerate(output, start=1)}
     order = list(OPERATORS.values())
-    shown = sorted(found, key=lambda key: (order.index(key[0]), key[1]))
-    return [found[key] for key in shown], output
+    staged = [replace(one, stage=stages[grid]) for (_, grid), one in found.items()]
+    return sorted(staged, key=lambda one: (order.index(one.operator), one.stage)), output
+
+
+def attention_of(block: CaBlock, grid: tuple[int, int], digests: Tensor | None) -> DigestAttention:
+    """The attention of a CabViT block as a module of its own, with the tables of this grid."""
+    tables, state = block.tables_on(grid), block.state_dict()
+    module = DigestAttention(
+        block.qkv.in_features,
+        block.num_heads,
+        grid,
+        0 if digests is None else digests.shape[1],
+        num_prefix_tokens=block.num_prefix_tokens,
+        digest_scale=tables.digest_scale is not None,
+        backend=block.backend,
+    )
+    state["attention_biases"] = tables.bias
+    if tables.digest_bias is not None:
+        state["s_token_bias"] = tables.digest_bias[None, :, None]
+    if tables.digest_scale is not None:
+        state["s_scale_factors"] = tables.digest_scale
+    module.load_state_dict({key: state[key] for key in module.state_dict()})
+    return module.eval()
 
 
 @torch.no_grad()
@@ -129,7 +179,7 @@ def measure(captured: Captured, batch: int, budget: float) -> Measured:
     eager = reference_of(module)
     exact = reference_of(module).double()(*captured.arguments(x.double()))
     one = captured.arguments(x)
-    counted = module if len(one) == 1 else OnGrid(module, captured.grid)
+    counted = OfOne(module, *one[1:])
     several = captured.arguments(x.expand(batch, *x.shape[1:]).contiguous())
 
     def run_eager(*arguments: Any) -> Tensor:
@@ -152,8 +202,10 @@ def measure(captured: Captured, batch: int, budget: float) -> Measured:
 
 
 def formula(captured: Captured) -> int:
-    """MACs by the papers' formulas: equations 2 and 3 of CAT, 12 of CoaT."""
+    """MACs by the papers' formulas: equations 2 and 3 of CAT, 12 of CoaT, 1 to 4 of CabViT."""
     module, channels = captured.module, captured.x.shape[-1]
+    if isinstance(module, DigestAttention):
+        return flops.digest(captured.x.shape[1], channels, module.num_digests)
     if isinstance(module, InnerPatchAttention):
         return flops.ipsa(*captured.grid, channels, captured.window)
     if isinstance(module, CrossPatchAttention):
