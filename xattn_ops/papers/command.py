@@ -23,8 +23,7 @@ CONVENTIONS = (
     "operations.",
     "Counted are matrix products and convolutions of the papers' algorithm, one image, padding "
     "included where a map is padded; no softmax, bias or normalisation.",
-    "Kernels that absorb projections into each other execute fewer (column `executed`); counts "
-    "and rates stay those of the papers' algorithm.",
+    "Kernels that absorb projections into each other execute fewer (column `executed`).",
 )
 
 
