@@ -240,6 +240,11 @@ def _reason(sweep: Sweep, calm: list[Point], found: Fit, cache: int | None) -> s
         f"{sweep.over} {first.size} to {last.size}: {rates[0]:.0f} to {rates[1]:.0f} GFLOP/s, "
         f"operands {sizes[0]:.1f} to {sizes[1]:.1f} MiB"
     )
+    if (sweep.operator, sweep.variant, sweep.over) == ("cpsa", "fused", SIDE):
+        stages = [CAT_SMALL[0].at(point.size) for point in calm]
+        executed = [flops.cpsa_absorbed(s.height, s.width, s.channels, s.window) for s in stages]
+        growth = slope([point.x for point in calm], executed)
+        words = f"the absorbed form, which the kernel executes, grows with {growth:.2f}; {words}"
     known = "" if cache is None else f" (last cache {cache / (1 << 20):.0f} MiB)"
     if found.exponent > found.paper:
         return f"{words}{known}: the rate falls as data leaves the caches"

@@ -194,6 +194,17 @@ def test_an_exponent_that_is_not_the_paper_s_comes_with_numbers(exponent, overhe
         assert part in found.reason
 
 
+def test_the_reason_for_cpsa_names_the_form_that_is_executed():
+    """Half of eq. 3's linear part, and all of its quadratic one: its exponent is larger."""
+    one = replace(grown(2.2, sizes=(336, 448, 672, 896)), operator="cpsa")
+    found = sweep.fit(one, None)
+    assert found.reason.startswith(
+        "the absorbed form, which the kernel executes, grows with 1.91; side"
+    )
+    eager = sweep.fit(replace(one, variant="eager"), None)
+    assert eager.reason.startswith("side 448 to 896: ")
+
+
 def test_busy_points_are_left_out_and_too_few_give_no_exponent():
     sizes = (56, 112, 168, 224, 336, 448, 672)
     one = grown(1.0, sizes=sizes, busy=(336,))
