@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import replace
-from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.console import Console
-from support.benchmarks import tiny
+from support.benchmarks import QUICK, ROOF, calm, tiny
 
 from xattn_ops import cli, inner_patch_attention
 from xattn_ops.benchmarks import cases, command, memory, report, roofline, runner, timing
@@ -15,13 +14,7 @@ from xattn_ops.benchmarks.cases import FORWARD, STEP
 from xattn_ops.benchmarks.roofline import Roofline
 from xattn_ops.benchmarks.timing import Timing
 
-QUICK = runner.Settings(budget=0.01, min_rounds=3, compile=False, max_spread=1e9, max_waited=1e9)
-ROOF = Mock(spec=Roofline, **{"least_seconds.return_value": 1e-9})
 OPERATORS = list(cases.BUILDERS)
-
-
-def calm(seconds, **changes):
-    return replace(Timing(seconds, seconds, 0.01 * seconds, 9, 1, 1), **changes)
 
 
 def timed_as(monkeypatch, **timings):

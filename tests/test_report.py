@@ -10,22 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.benchmarks import tiny
+from support.benchmarks import QUICK, calm, tiny
 from support.browser import Page, needs_browser
 
 from xattn_ops import cli
 from xattn_ops.benchmarks import memory, report, runner, sweep, throughput
 from xattn_ops.benchmarks.cases import FORWARD
 from xattn_ops.benchmarks.roofline import Roofline
-from xattn_ops.benchmarks.timing import Timing
 from xattn_ops.papers import PAPERS
 from xattn_ops.report import html
 
 VOID = {"meta", "br", "path", "use", "rect", "stop"}
-
-
-def calm(seconds: float) -> Timing:
-    return Timing(seconds, seconds, 0.01 * seconds, 9, 1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     roof = Roofline()
     roof._flops[torch.float32], roof._bandwidth[1 << 20] = 4e11, 1e11
-    settings = runner.Settings(
-        budget=0, min_rounds=2, compile=False, max_spread=1e9, max_waited=1e9
-    )
-    (row,) = runner.run(tiny("cpsa"), settings, roof)
+    (row,) = runner.run(tiny("cpsa"), QUICK, roof)
     fast = replace(row, timing=calm(1e-3), baselines={"eager": calm(3e-3)}, best_ratio=3.0)
     rows = [
         replace(fast, shape=shape, timing=calm(1e-3 * k), best_ratio=ratio)
