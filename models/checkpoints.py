@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -99,6 +100,30 @@ def resize_positions(grid: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(grid.shape[-2:]) == size:
         return grid
     return F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+
+
+def resize_token_positions(
+    positions: Tensor, prefix: int, grid: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """A position embedding [1, prefix + h w, C] of one grid for another, bicubic."""
+    if grid == size:
+        return positions
+    image = positions[:, prefix:].mT.unflatten(2, grid)
+    return torch.cat([positions[:, :prefix], resize_positions(image, size).flatten(2).mT], 1)
+
+
+def token_side(positions: Tensor, prefix: int) -> int:
+    """Of the square grid that a position embedding is for; 0 where it is for none.
+
+    The loader reports the shape of such a one.
+    """
+    return square_side(positions.shape[1] - prefix) if positions.dim() == 3 else 0
+
+
+def square_side(count: int) -> int:
+    """The root of a count that is a square number, 0 of another."""
+    side = math.isqrt(max(count, 0))
+    return side if side * side == count else 0
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

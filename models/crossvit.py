@@ -6,7 +6,6 @@ Two branches, small (0) and large (1), each on the image in its own size and pat
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_ops.clsattn import cls_cross_attention_map
-from xattn_ops.models.checkpoints import resize_positions
+from xattn_ops.models.checkpoints import resize_token_positions, token_side
 from xattn_ops.models.crossvit_blocks import (
     BRANCHES,
     FUSIONS,
@@ -165,7 +164,7 @@ class CrossViT(nn.Module):
         x = self.patch_embed[branch](image).flatten(1, 2)
         if prefix:
             x = torch.cat([self.cls_token[branch].expand(x.shape[0], -1, -1), x], 1)
-        positions = _resized(self.pos_embed[branch], prefix, self.grids[branch], grid)
+        positions = resize_token_positions(self.pos_embed[branch], prefix, self.grids[branch], grid)
         return F.dropout(x + positions, self.drop, self.training)
 
     def attentions(self, stage: int) -> list[CrossAttentionBlock]:
@@ -185,10 +184,12 @@ class CrossViT(nn.Module):
         state = {_TIMM.sub(r"\1.\2", key): tensor for key, tensor in state.items()}
         for b in BRANCHES:
             key = f"pos_embed.{b}"
-            side = _side(state[key], self.prefix) if key in state else 0
+            side = token_side(state[key], self.prefix) if key in state else 0
             if side:
                 resized = state[key].to(self.pos_embed[b])
-                state[key] = _resized(resized, self.prefix, (side, side), self.grids[b])
+                state[key] = resize_token_positions(
+                    resized, self.prefix, (side, side), self.grids[b]
+                )
         if not self.features_only:
             return state, ()
         last = f"blocks.{len(self.blocks) - 1}."
@@ -248,24 +249,6 @@ def cls_attention(model: CrossViT, image: Tensor, stage: int) -> list[Tensor]:
 
 def _parameters(shapes: Iterable[Sequence[int]]) -> nn.ParameterList:
     return nn.ParameterList(nn.Parameter(torch.empty(*shape)) for shape in shapes)
-
-
-def _resized(positions: Tensor, prefix: int, grid: Grid, size: Grid) -> Tensor:
-    """A position embedding [1, prefix + h w, C] of one grid for another, bicubic."""
-    if grid == size:
-        return positions
-    image = positions[:, prefix:].mT.unflatten(2, grid)
-    return torch.cat([positions[:, :prefix], resize_positions(image, size).flatten(2).mT], 1)
-
-
-def _side(positions: Tensor, prefix: int) -> int:
-    """Of the square grid that a position embedding is for; 0 where it is for none.
-
-    The loader reports the shape of such a one.
-    """
-    count = positions.shape[1] - prefix if positions.dim() == 3 else 0
-    side = math.isqrt(max(count, 0))
-    return side if side * side == count else 0
 
 
 def _check_options(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.benchmarks import TINY_GRID, tiny
+from support.models import small_cabvit
 from torch.utils.flop_counter import FlopCounterMode
 
 from xattn_ops import (
@@ -23,8 +24,10 @@ from xattn_ops.convrel import (
     conv_relative_attention_reference,
 )
 from xattn_ops.cpsa import cross_patch_attention_reference
+from xattn_ops.digest import digest_attention_reference
 from xattn_ops.ipsa import inner_patch_attention_reference
 from xattn_ops.models import create_model
+from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock, ConvNorm
 
 # ------------------------------------------------------------------------------------- baselines
 
@@ -120,6 +123,54 @@ def test_the_nhwc_formulations_convolve_in_channels_last_memory(function, channe
     assert image.stride(1) == 1
 
 
+@pytest.mark.parametrize("make_core", [baselines.eager_core, baselines.sdpa_core])
+def test_plain_digest_attention_is_the_reference_with_its_gradients(make_core):
+    shapes = [(2, 30, 36), (2, 4, 24), (3, 30), (3, 4)]
+    operands = [torch.randn(shape).double().requires_grad_() for shape in shapes]
+    expected = digest_attention_reference(*operands, num_heads=3, grid=(5, 6))
+    actual = baselines.digest_table(make_core, 3, (5, 6))(*operands)
+    torch.testing.assert_close(actual, expected)
+    grad = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, operands, grad) for out in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+    bias = baselines.dense_digest_bias(*operands[2:], baselines.offset_index((5, 6)))
+    torch.testing.assert_close(baselines.digest_dense(make_core, 3)(*operands[:2], bias), expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("options", [{}, {"digest_scale": False}], ids=["scale", "no-scale"])
+def test_a_plain_copy_of_a_cabvit_computes_the_same(options, training):
+    model = small_cabvit(drop_path=0.0, **options).double().train(training)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 3, 64, 96).double()
+    plain = baselines.plain_copy(model)
+    kinds = {type(m) for m in plain.modules()}
+    assert {baselines.PlainCaBlock, baselines.PlainConvNeXtBlock, baselines.PlainConvNorm} <= kinds
+    assert not {CaBlock, ConvNeXtBlock, ConvNorm} & kinds
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    outs = [plain(x), model(x)]
+    torch.testing.assert_close(*outs)
+    if training:  # a plain one in evaluation has its bias gathered beforehand
+        pairs = zip(outs, (plain, model), strict=True)
+        grads = [torch.autograd.grad(y.square().sum(), list(m.parameters())) for y, m in pairs]
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-8)
+
+
+def test_cabvit_is_compared_in_both_memory_layouts():
+    case = cases.model_case("cabvit_h_l1", 1, torch.float32, FORWARD)
+    assert list(case.plain) == ["eager", "compile", "nhwc", "nhwc + compile"]
+    image = case.plain["nhwc"].arguments[0]
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(case.plain["nhwc"].forward(), case.plain["eager"].forward())
+
+
+def test_digest_attention_is_timed_at_the_shapes_of_the_models_and_of_a_larger_image():
+    shapes = [(s.tokens, s.digests, s.heads, s.head_dim) for s in cases.SHAPES["digest"]]
+    assert shapes == [(196, 80, 6, 32), (196, 16, 6, 32), (49, 4, 10, 32), (784, 245, 6, 32)]
+    assert [str(s) for s in cases.SHAPES["digest"]][:1] == ["14x14 6x32 m=80"]
+
+
 def test_a_plain_copy_of_coats_modules_computes_the_same():
     modules = [ConvPositionEncoding(12), ConvRelativeAttention(12, 3, windows={3: 1, 5: 2})]
     model = torch.nn.Sequential(*(OnGrid(module, (5, 6)) for module in modules)).double()
@@ -177,13 +228,14 @@ def test_a_plain_copy_of_a_model_holds_no_fused_operator_and_shares_what_the_mod
         pytest.param("convrel_module", 32, id="convrel-module"),
         pytest.param("convpos", 32, id="convpos"),
         pytest.param("clsattn", 12, id="clsattn"),
+        pytest.param("digest", 30, id="digest"),
     ],
 )
 def test_a_case_knows_its_tokens(operator, tokens):
     assert tiny(operator).tokens == tokens
 
 
-@pytest.mark.parametrize("operator", ["convrel", "convrel_module", "convpos"])
+@pytest.mark.parametrize("operator", ["convrel", "convrel_module", "convpos", "digest"])
 def test_the_work_of_a_case_is_what_the_counter_counts_of_the_plain_formulation(operator):
     case = tiny(operator)
     with FlopCounterMode(display=False) as counter:

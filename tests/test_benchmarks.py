@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import replace
-from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.console import Console
-from support.benchmarks import tiny
+from support.benchmarks import QUICK, ROOF, calm, tiny
 
 from xattn_ops import cli, inner_patch_attention
 from xattn_ops.benchmarks import cases, command, memory, report, roofline, runner, timing
@@ -15,13 +14,7 @@ from xattn_ops.benchmarks.cases import FORWARD, STEP
 from xattn_ops.benchmarks.roofline import Roofline
 from xattn_ops.benchmarks.timing import Timing
 
-QUICK = runner.Settings(budget=0.01, min_rounds=3, compile=False, max_spread=1e9, max_waited=1e9)
-ROOF = Mock(spec=Roofline, **{"least_seconds.return_value": 1e-9})
 OPERATORS = list(cases.BUILDERS)
-
-
-def calm(seconds, **changes):
-    return replace(Timing(seconds, seconds, 0.01 * seconds, 9, 1, 1), **changes)
 
 
 def timed_as(monkeypatch, **timings):
@@ -362,9 +355,23 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
             id="what-goes-with-crossvit",
         ),
         pytest.param(
+            ["digest", "--stages", "1", "--blocks", "--models"],
+            [("digest", 1), ("cabvit_block", 1), ("cabvit_h_l2", 0)],
+            id="what-goes-with-cabvit",
+        ),
+        pytest.param(
             ["--models", "--blocks", "--stages", "3"],
-            [("cab", 3), ("coat_block", 3)]
-            + [(name, 0) for name in ("cat_small", "coat_lite_small", "coat_mini", "crossvit_15")],
+            [("cab", 3), ("coat_block", 3), ("cabvit_block", 3)]
+            + [
+                (name, 0)
+                for name in (
+                    "cat_small",
+                    "coat_lite_small",
+                    "coat_mini",
+                    "cabvit_h_l2",
+                    "crossvit_15",
+                )
+            ],
             id="blocks-and-models-alone",
         ),
         pytest.param(["--models", "coat_tiny"], [("coat_tiny", 0)], id="a-model"),

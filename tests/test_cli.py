@@ -17,6 +17,7 @@ from xattn_ops.demo import measure, photo, pictures
 from xattn_ops.demo.attention import cross_patch_weights, inner_patch_weights
 from xattn_ops.demo.command import load_model
 from xattn_ops.models import create_model
+from xattn_ops.models.cabvit import attention_maps
 from xattn_ops.models.coat import cls_attention
 from xattn_ops.models.crossvit import cls_attention as crossvit_attention
 
@@ -132,6 +133,44 @@ def test_demo_shows_what_the_cls_tokens_look_at(model, macs, tmp_path, capsys):
     assert_pictures(tmp_path, COAT_PNGS)
 
 
+def test_demo_shows_what_a_token_takes_of_digests(tmp_path, capsys):
+    assert cli.main(["demo", "--model", "cabvit_h_l1", "--out", str(tmp_path), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "cabvit_h_l1 with RANDOM weights" in out
+    assert out.count("yes") >= 2  # one operator at two stages agrees
+    assert out.count("55.57") == 2  # MMACs at stage 3, by formula and by count
+    assert_pictures(tmp_path, {"feature_maps", "digest_attention", "latency"})
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "names"),
+    [
+        ("cabvit_h_l1", [], [(3, 1), (3, 3), (3, 5), (4, 1)]),  # those of the paper's figure 6
+        ("cabvit_h_l1", ["--block", "0"], [(3, 0), (4, 0)]),
+        ("cabvit_h_l1", ["--block", "-5"], [(3, 1)]),
+        ("cabvit_p_l0", ["--block", "-1"], [(1, 11)]),
+    ],
+)
+def test_demo_draws_digests_of_the_blocks_that_are_asked_for(
+    model, block, names, tmp_path, monkeypatch
+):
+    drawn = []
+    draw = pictures.digest_attention_maps
+
+    def digest_attention_maps(picture, maps, *rest):
+        drawn.extend(maps)
+        draw(picture, maps, *rest)
+
+    monkeypatch.setattr(pictures, "digest_attention_maps", digest_attention_maps)
+    demo = ["demo", "--model", model, "--size", "64", "--out", str(tmp_path), *FAST]
+    assert cli.main([*demo, *block]) == 0
+    assert [name for name, _ in drawn] == [f"stage {s}, block {b}" for s, b in names]
+    stage, index = names[0]
+    image = photo.load(None, 64).tensor
+    expected = attention_maps(load_model(model, None), image, stage, index)
+    torch.testing.assert_close(drawn[0][1], expected)
+
+
 def test_demo_draws_the_block_that_is_asked_for(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pictures, "cls_attention_maps", lambda _, maps, *rest: drawn.append(maps))
@@ -209,10 +248,15 @@ def test_demo_fails_where_an_operator_disagrees(tmp_path, monkeypatch, capsys):
         pytest.param(["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth", id="weights"),
         pytest.param(["--size", "8"], "--size must be at least 32 pixels, got 8", id="size"),
         pytest.param(["--batch", "0"], "--batch must be at least 1, got 0", id="batch"),
-        pytest.param(["--block", "0"], "cat_tiny has no CLS token", id="no-cls-token"),
+        pytest.param(["--block", "0"], "of CLS or of digests, and cat_tiny has", id="no-cls-token"),
+        pytest.param(
+            ["--model", "cabvit_h_l1", "--block", "6"],
+            "--block must be -6 to 5, got 6",
+            id="no-such-digests",
+        ),
         pytest.param(
             ["--model", "crossvit_9", "--block", "0"],
-            "crossvit_9 has one cross attention a stage",
+            "of CLS or of digests, and crossvit_9 has one of each",
             id="no-choice-of-block",
         ),
         pytest.param(
@@ -339,13 +383,31 @@ def test_capture_finds_crossvits_operators_on_the_grid_that_they_look_at():
     assert norm.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["cat_tiny", "coat_lite_tiny", "crossvit_9"])
+@pytest.mark.parametrize("name", ["cat_tiny", "coat_lite_tiny", "crossvit_9", "cabvit_h_l1"])
 def test_the_papers_macs_are_those_counted(name):
     captured, _ = measure.capture(load_model(name, None), torch.zeros(1, 3, 64, 64))
     measured = [measure.measure(one, 1, 0.0) for one in captured]
     formulas = [(one.captured.operator, one.formula_macs) for one in measured]
     counted = [(one.captured.operator, one.counted_macs) for one in measured]
     assert formulas == counted
+
+
+def test_capture_finds_the_last_digest_attention_of_every_stage_with_its_tables():
+    model, image = load_model("cabvit_h_l1", None), torch.randn(1, 3, 96, 64)
+    captured, _ = measure.capture(model, image)
+    assert [(one.operator, one.stage, one.shape) for one in captured] == [
+        ("digest", 3, "6x4x192"),
+        ("digest", 4, "3x2x320"),
+    ]
+    block = model.cab_blocks(3)[-1]
+    seen = []
+    block.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(image)
+    x, grid, digests = seen[0]
+    one = captured[0]
+    assert one.module.num_digests == digests.shape[1] == 5 * 2
+    expected = block.proj(block.attend(block.norm1(x), digests, block.tables_on(grid)))
+    torch.testing.assert_close(one.module(*one.arguments()), expected)
 
 
 def test_the_map_of_cls_is_drawn_whatever_its_range(tmp_path):

@@ -17,6 +17,7 @@ from xattn_ops import (
     InnerPatchAttention,
     _linear,
 )
+from xattn_ops.benchmarks.baselines.cabvit import PLAIN_CABVIT
 from xattn_ops.benchmarks.baselines.clsattn import cls_eager
 from xattn_ops.benchmarks.baselines.convpos import convpos_eager
 from xattn_ops.benchmarks.baselines.convrel import convrel_eager
@@ -112,6 +113,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     ConvRelativeAttention: PlainConvRelative,
     ConvPositionEncoding: PlainConvPosition,
     ClsCrossAttention: PlainClsCross,
+    **PLAIN_CABVIT,
 }
 
 

@@ -17,6 +17,7 @@ from xattn_ops import _library
 from xattn_ops.benchmarks.timing import thread_count
 from xattn_ops.demo import measure, photo, pictures
 from xattn_ops.models import create_model, list_models, load_official
+from xattn_ops.models.cabvit import AttentionMaps, CabViT, PlainCabViT, attention_maps
 from xattn_ops.models.coat import SCALES, CoaT
 from xattn_ops.models.coat import cls_attention as coat_attention
 from xattn_ops.models.crossvit import CrossViT
@@ -24,8 +25,9 @@ from xattn_ops.models.crossvit import cls_attention as crossvit_attention
 
 POINT = (0.345, 0.56)  # row, column of the chosen pixel and patch as fractions: a portrait's face
 KEY = "red: more than an even share of attention, blue: less"
-KNOWN = ("cat_", "coat_", "crossvit_")
+KNOWN = ("cabvit_", "cat_", "coat_", "crossvit_")
 CLS_KEY = "red: more than the map's mean, blue: less"
+DIGEST_KEY = "red: more than an even share of tokens and digests, blue: less; one range a row"
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -38,7 +40,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     picture = photo.load(args.image, args.size)
     model = load_model(args.model, args.weights)
-    cls_maps = attention_of_cls(model, picture.tensor, args.block, args.model)
+    cls_maps: list[tuple[str, Tensor]] = []
+    digest_maps: list[tuple[str, AttentionMaps]] = []
+    if isinstance(model, CabViT | PlainCabViT):
+        digest_maps = attention_on_digests(model, picture.tensor, args.block)
+    else:
+        cls_maps = attention_of_cls(model, picture.tensor, args.block, args.model)
     said = "official weights" if args.weights else "RANDOM weights"
     console.print(
         f"[bold]{args.model}[/] with {said} on {picture.name} "
@@ -58,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     about = f"{args.model}, {said}"
     if any(one.faster == "busy" for one in measured):
         console.print("[yellow]The machine is busy with something else: no ratio where it says so.")
-    for path in draw(picture, captured, features, cls_maps, measured, args.out, about):
+    for path in draw(picture, captured, features, cls_maps, digest_maps, measured, args.out, about):
         console.print(f"wrote {path}")
     wrong = [one.captured for one in measured if not one.check.passed]
     for one in wrong:
@@ -109,8 +116,8 @@ def attention_of_cls(
     if isinstance(model, CoaT):
         return _attention_of_coat(model, image, block)
     if block is not None:
-        choice = "one cross attention a stage" if isinstance(model, CrossViT) else "no CLS token"
-        raise ValueError(f"--block chooses CLS attention maps of CoaT, and {name} has {choice}")
+        choice = "one of each" if isinstance(model, CrossViT) else "neither of them"
+        raise ValueError(f"--block chooses maps of CLS or of digests, and {name} has {choice}")
     if not isinstance(model, CrossViT):
         return []
     branches = ("small branch's CLS", "large branch's CLS")
@@ -144,11 +151,38 @@ def _attention_of_coat(model: CoaT, image: Tensor, block: int | None) -> list[tu
     return maps
 
 
+def attention_on_digests(
+    model: CabViT | PlainCabViT, image: Tensor, block: int | None
+) -> list[tuple[str, AttentionMaps]]:
+    """What each block is called, and its attention (CabViT, Fig. 6).
+
+    Args:
+        block: which of a stage's blocks, from 0, or from -1 backwards; None: every second one, as
+            in the paper. Stages without it are left out.
+
+    Raises:
+        ValueError: no stage has such a block.
+    """
+    stages = (3, 4) if isinstance(model, CabViT) else (1,)
+    depths = {stage: len(model.cab_blocks(stage)) for stage in stages}
+    found = []
+    for stage, depth in depths.items():
+        wanted = range(1, depth, 2) if block is None else [block] * (-depth <= block < depth)
+        for index in wanted:
+            name = f"stage {stage}, block {index % depth}"
+            found.append((name, attention_maps(model, image, stage, index)))
+    if not found:
+        deepest = max(depths.values())
+        raise ValueError(f"--block must be -{deepest} to {deepest - 1}, got {block}")
+    return found
+
+
 def draw(
     picture: photo.Photo,
     captured: list[measure.Captured],
     features: list[Tensor],
     cls_maps: list[tuple[str, Tensor]],
+    digest_maps: list[tuple[str, AttentionMaps]],
     measured: list[measure.Measured],
     out: Path,
     about: str,
@@ -173,6 +207,10 @@ def draw(
         paths.append(out / "cls_attention.png")
         title = f"What the CLS token takes of each place ({about})\n{CLS_KEY}"
         pictures.cls_attention_maps(picture, cls_maps, paths[-1], title)
+    if digest_maps:
+        paths.append(out / "digest_attention.png")
+        title = f"What one token takes of the others and of earlier digests ({about})\n{DIGEST_KEY}"
+        pictures.digest_attention_maps(picture, digest_maps, POINT, paths[-1], title)
     paths.append(out / "latency.png")
     threads, isa = measured[0].fused.threads, _library.isa() or "reference"
     title = f"Latency on the photo's activations, {threads} threads, float32, {isa}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from xattn_ops import (
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
+    DigestAttention,
     InnerPatchAttention,
     flops,
 )
@@ -22,12 +23,14 @@ from xattn_ops.benchmarks.baselines import plain_linears
 from xattn_ops.benchmarks.runner import Check, compare
 from xattn_ops.benchmarks.timing import Timing, interleaved
 from xattn_ops.demo.attention import cross_patch_weights, inner_patch_weights
+from xattn_ops.models.cabvit_blocks import CaBlock
 
 Operator = (
     InnerPatchAttention
     | CrossPatchAttention
     | ConvRelativeAttention
     | ConvPositionEncoding
+    | DigestAttention
     | ClsCrossAttention
 )
 OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are shown
@@ -35,6 +38,7 @@ OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are show
     CrossPatchAttention: "cpsa",
     ConvRelativeAttention: "convrel",
     ConvPositionEncoding: "convpos",
+    DigestAttention: "digest",
     ClsCrossAttention: "clsattn",
 }
 
@@ -43,8 +47,9 @@ OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are show
 class Captured:
     """One operator's module in a model, and what entered it.
 
-    inputs: a map [1, H, W, C]; or the tokens [1, N, C] of an image of `grid` (H, W), and `grid`; or
-        a CLS token, the patches [1, N, C] of an image of `grid` and the LayerNorm over both.
+    inputs: a map [1, H, W, C]; or the tokens [1, N, C] of an image of `grid` (H, W), and `grid` or
+        digests [1, M, C] or None; or a CLS token, the patches [1, N, C] of an image of `grid` and
+        the LayerNorm over both.
     """
 
     operator: str
@@ -110,15 +115,23 @@ class Measured:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], object]:
-    """Run the model once; returns the first of each operator in every stage, and its output.
+def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], Any]:
+    """Run the model once; returns one of each operator in every stage, and its output.
 
-    A stage is a new feature-map size, counted from 1.
+    It is the first, but of digest attention, which then has no digests, the last. A stage is one of
+    the feature maps that the model gives or, of a classifier, a size that operators see, from 1.
     """
     found: dict[tuple[str, int], Captured] = {}
     sizes: dict[tuple[int, int], int] = {}
 
     def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, CaBlock):
+            x, grid, digests = inputs[:3]
+            stage = sizes.setdefault(grid, len(sizes) + 1)
+            alone = attention_of(module, grid, digests)
+            entered = (module.norm1(x), digests)
+            found["digest", stage] = Captured("digest", stage, alone, entered, grid)
+            return
         assert isinstance(module, Operator)
         grid = _grid(module, inputs)
         operator, stage = OPERATORS[type(module)], sizes.setdefault(grid, len(sizes) + 1)
@@ -129,16 +142,18 @@ def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], object]:
     hooks = [
         module.register_forward_pre_hook(remember)
         for module in model.modules()
-        if isinstance(module, Operator)
+        if isinstance(module, Operator | CaBlock)
     ]
     try:
         output = model(image)
     finally:
         for handle in hooks:
             handle.remove()
+    maps = output if isinstance(output, list | tuple) else ()
+    stages = {tuple(y.shape[2:]): stage for stage, y in enumerate(maps, start=1)}
+    staged = [replace(one, stage=stages.get(one.grid, one.stage)) for one in found.values()]
     order = list(OPERATORS.values())
-    shown = sorted(found, key=lambda key: (order.index(key[0]), key[1]))
-    return [found[key] for key in shown], output
+    return sorted(staged, key=lambda one: (order.index(one.operator), one.stage)), output
 
 
 def _grid(module: Operator, inputs: tuple[Any, ...]) -> tuple[int, int]:
@@ -147,6 +162,27 @@ def _grid(module: Operator, inputs: tuple[Any, ...]) -> tuple[int, int]:
         side = math.isqrt(inputs[1].shape[1])
         return side, side
     return inputs[0].shape[1:3] if inputs[0].dim() == 4 else inputs[1]
+
+
+def attention_of(block: CaBlock, grid: tuple[int, int], digests: Tensor | None) -> DigestAttention:
+    """The attention of a CabViT block as a module of its own, with the tables of this grid."""
+    tables, state = block.tables_on(grid), block.state_dict()
+    module = DigestAttention(
+        block.qkv.in_features,
+        block.num_heads,
+        grid,
+        0 if digests is None else digests.shape[1],
+        num_prefix_tokens=block.num_prefix_tokens,
+        digest_scale=tables.digest_scale is not None,
+        backend=block.backend,
+    )
+    state["attention_biases"] = tables.bias
+    if tables.digest_bias is not None:
+        state["s_token_bias"] = tables.digest_bias[None, :, None]
+    if tables.digest_scale is not None:
+        state["s_scale_factors"] = tables.digest_scale
+    module.load_state_dict({key: state[key] for key in module.state_dict()})
+    return module.eval()
 
 
 class _Called(nn.Module):
@@ -191,13 +227,15 @@ def measure(captured: Captured, batch: int, budget: float) -> Measured:
 
 
 def formula(captured: Captured) -> int:
-    """MACs by the papers' formulas: equations 2 and 3 of CAT, 12 of CoaT, 6 of CrossViT."""
+    """MACs by the papers' formulas: CAT's eq. 2 and 3, CoaT's 12, CabViT's 1 to 4, CrossViT's 6."""
     module, channels = captured.module, captured.x.shape[-1]
     if isinstance(module, InnerPatchAttention):
         return flops.ipsa(*captured.grid, channels, captured.window)
     if isinstance(module, CrossPatchAttention):
         return flops.cpsa(*captured.grid, channels, captured.window)
     height, width = captured.grid
+    if isinstance(module, DigestAttention):
+        return flops.digest(captured.x.shape[1], channels, module.num_digests)
     if isinstance(module, ClsCrossAttention):
         return flops.cls_cross(captured.x.shape[1], channels)
     if isinstance(module, ConvPositionEncoding):

@@ -134,6 +134,24 @@ def _plan(
     backend: str | None,
 ) -> tuple[str, tuple[Any, ...]]:
     """The backend and the leaf ops' options for arguments that pass every check."""
+    tensors = (qkv, digest_kv, bias_table, digest_bias)
+    gh, gw, prefix, scale = check(*tensors, num_heads, grid, num_prefix_tokens, scale)
+    dropout_p = _checks.probability("dropout_p", dropout_p)
+    chosen = choose("digest_attention", backend, qkv.device.type, qkv.dtype)
+    return chosen, (num_heads, gh, gw, prefix, scale, dropout_p)
+
+
+def check(
+    qkv: Tensor,
+    digest_kv: Tensor | None,
+    bias_table: Tensor | None,
+    digest_bias: Tensor | None,
+    num_heads: int,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+) -> tuple[int, int, int, float]:
+    """Rows, columns, number of prefix tokens and scale of arguments that pass every check."""
     _checks.tensor("qkv", qkv, "[B, N, 3C]")
     B, _, C3 = qkv.shape
     head_dim = _checks.head_dim("qkv", qkv, 3, num_heads)
@@ -151,10 +169,7 @@ def _plan(
     if digest_bias is not None:
         sizes, layout = (num_heads, M), "[num_heads, M]"
         _checks.tensor("digest_bias", digest_bias, layout, sizes=sizes, like=like)
-    scale = _checks.scale(scale, head_dim)
-    dropout_p = _checks.probability("dropout_p", dropout_p)
-    chosen = choose("digest_attention", backend, qkv.device.type, qkv.dtype)
-    return chosen, (num_heads, gh, gw, num_prefix_tokens, scale, dropout_p)
+    return gh, gw, num_prefix_tokens, _checks.scale(scale, head_dim)
 
 
 def _macs(qkv: tuple[int, ...], digest_kv: tuple[int, ...] | None) -> int:
