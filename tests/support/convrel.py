@@ -31,6 +31,7 @@ def by_name(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         }
         return function(qkv, weights, biases or None, **options)
 
+    call.__name__ = function.__name__  # by which `explain` knows it
     return call
 
 
