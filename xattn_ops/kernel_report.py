@@ -133,7 +133,6 @@ CALLS: dict[str, dict[str, Call]] = {
     },
     "convrel": {
         "56x56, 8 x 8": Call(lambda dtype: _convrel(56, 8, 8, dtype)),
-        "28x28, 8 x 16": Call(lambda dtype: _convrel(28, 8, 16, dtype)),
         "14x14, 8 x 40": Call(lambda dtype: _convrel(14, 8, 40, dtype)),
         "56x56, 8 x 19": Call(lambda dtype: _convrel(56, 8, 19, dtype)),
         "28x28, 8 x 96": Call(lambda dtype: _convrel(28, 8, 96, dtype), paper=False),

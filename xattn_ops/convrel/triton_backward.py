@@ -12,7 +12,6 @@ the tokens for dA, one for the gradients of qkv, one for those of the weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -25,9 +24,9 @@ from .._triton import LOG2E, dot
 from .triton_convolution import (
     band_of,
     convolve,
+    in_runs,
     launch,
     load_bias,
-    section_arguments,
     spread,
     store_band,
     tokens_of,
@@ -39,17 +38,17 @@ from .triton_kernels import Call, load_matrix, load_rows, places, plan
 @triton.jit
 def _backward_context(
     grad_out, qkv, grad_context, grad_stride_b, grad_stride_n, stride_b, stride_n,
-    B, N, parts, per_part, bands, first_head, last_head, scale,
-    C: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
-    ALIGN: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    B, N, parts, per_part, bands, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    ALIGN: tl.constexpr, UNIT: tl.constexpr, SECTIONS: tl.constexpr, N_SECTIONS: tl.constexpr,
+    BT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """grad_context [parts, B, C, D] = s Q^T G of runs of tokens; grid as _forward_context."""
     tile_g, tile_q = tl.program_id(0) % TILES, tl.program_id(0) // TILES % TILES
     unit = tl.program_id(0) // (TILES * TILES)
     band, part = unit % bands, unit // bands % parts
     image = (unit // (bands * parts)).to(tl.int64)
-    start, end, low, high = band_of(band, first_head, last_head, D, SPAN, ALIGN)
+    start, end, low, high, _ = band_of(band, D, ALIGN, SECTIONS, N_SECTIONS)
     i = start + tile_q * BC + tl.arange(0, BC)
     j = start + tile_g * BC + tl.arange(0, BC)
     qkv += image * stride_b * UNIT
@@ -92,18 +91,18 @@ def _weights(k, i, state, low, high, D: tl.constexpr):
 @triton.jit
 def _backward(
     grad_out, qkv, taps, state, grad_context, grad_qkv, grad_stride_b, grad_stride_n,
-    stride_b, stride_n, N, prefix, H, W, runs, per_run, bands, first_head, last_head, scale,
-    C: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
-    ALIGN: tl.constexpr, UNIT: tl.constexpr, EDGES: tl.constexpr, BT: tl.constexpr,
-    K: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    stride_b, stride_n, N, prefix, H, W, runs, per_run, bands, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    ALIGN: tl.constexpr, UNIT: tl.constexpr, SECTIONS: tl.constexpr, N_SECTIONS: tl.constexpr,
+    EDGES: tl.constexpr, BT: tl.constexpr, HAS_TAPS: tl.constexpr, LARGEST: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """grad_qkv [B, N, 3C] of a run of tokens; grid as _forward."""
     tile = tl.program_id(0) % TILES
     unit = tl.program_id(0) // TILES
     band, run = unit % bands, unit // bands % runs
     image = (unit // (bands * runs)).to(tl.int64)
-    start, end, low, high = band_of(band, first_head, last_head, D, SPAN, ALIGN)
+    start, end, low, high, window = band_of(band, D, ALIGN, SECTIONS, N_SECTIONS)
     c = start + tile * BC + tl.arange(0, BC)
     qkv += image * stride_b * UNIT
     grad_out += image * grad_stride_b * UNIT
@@ -133,11 +132,11 @@ def _backward(
                 D, D + 2, TILES, PRECISION,
             )  # fmt: skip
         dq *= scale
-        if K > 0:
+        if HAS_TAPS:
             relative = load_bias(taps, c, end, LARGEST, WIDTH)
             relative += convolve(
-                qkv + 2 * C, stride_n, qkv, stride_n, taps, n, prefix, H, W, c, end,
-                K, LARGEST, WIDTH, False, False,
+                qkv + 2 * C, stride_n, qkv, stride_n, taps, n, prefix, H, W, c, end, window,
+                LARGEST, WIDTH, False, False,
             )  # fmt: skip
             dq += tl.where((n >= prefix)[:, None], g.to(tl.float32) * relative, 0.0)
         to = grad_qkv + n[:, None] * (3 * C) + c[None, :]
@@ -154,10 +153,10 @@ def _backward(
                 k = load_rows(qkv + C, stride_n, n, inside, i, end)
                 block = load_matrix(grad_context, i, c, low, high, D, D).to(k.dtype)
                 dv += dot(_weights(k, i, state, low, high, D).to(k.dtype), block, PRECISION)
-        if K > 0:
+        if HAS_TAPS:
             back = convolve(
-                grad_out, grad_stride_n, qkv, stride_n, taps, n, prefix, H, W, c, end,
-                K, LARGEST, WIDTH, True, True,
+                grad_out, grad_stride_n, qkv, stride_n, taps, n, prefix, H, W, c, end, window,
+                LARGEST, WIDTH, True, True,
             )  # fmt: skip
             dv += tl.where((n >= prefix)[:, None], back, 0.0)
         store_band(to + 2 * C, dv, inside, c, low, high, ALIGN, EDGES)
@@ -198,12 +197,10 @@ def convrel_bwd(
     common |= {"grad_context": _grad_context(call, grad_out, state)}
     taps = spread(conv_weight, conv_bias, windows, channels)
     warps = _triton.warps(qkv.dtype, False)
-    for each in call.cut:
-        runs = call.in_runs(each)
-        programs = each.tiles * each.bands * runs["runs"] * qkv.shape[0]
-        sizes = taps.arguments | common | section_arguments(each)
-        given = {"taps": taps.tensor, "grad_qkv": grad_qkv}
-        launch(_backward, programs, warps, 1, sizes, runs, given)
+    sizes = taps.arguments | common | call.bands
+    runs = in_runs(sizes)
+    results = {"taps": taps.tensor, "grad_qkv": grad_qkv}
+    launch(_backward, runs["programs"], warps, 1, sizes, runs, results)
     if not windows:
         return grad_qkv, *_no_gradients(conv_weight, conv_bias)
     common |= {"grad": grad_out, "factors": qkv, "values": qkv[..., 2 * call.arguments["C"] :]}
@@ -216,11 +213,10 @@ def _grad_context(call: Call, grad_out: Tensor, state: Tensor) -> Tensor:
     parts = call.in_parts(64)
     count = parts["parts"]
     grad_context = state.new_empty(count, *state.shape[:-1], state.shape[-2])
-    programs = call.heads.tiles**2 * call.heads.bands * count * state.shape[0]
-    sizes = call.arguments | section_arguments(call.heads)
+    sizes = call.arguments | call.heads
     given = {"grad_out": grad_out, "grad_context": grad_context}
     warps = _triton.warps(grad_out.dtype, False)
-    launch(_backward_context, programs, warps, 2, sizes, parts, given)
+    launch(_backward_context, parts["programs"], warps, 2, sizes, parts, given)
     return grad_context.sum(0) if count > 1 else grad_context[0]
 
 

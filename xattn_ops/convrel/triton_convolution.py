@@ -27,13 +27,21 @@ SUM_ROWS, SHARES = 4, 16  # rows and shares that a program adds at a time
 
 @triton.jit
 def band_of(
-    band, first_head, last_head, D: tl.constexpr, SPAN: tl.constexpr, ALIGN: tl.constexpr
+    band, D: tl.constexpr, ALIGN: tl.constexpr, SECTIONS: tl.constexpr, N_SECTIONS: tl.constexpr
 ):  # fmt: skip
-    """Of the heads of a band: where loads start and end, on bounds of vectors, and its channels
-    [low, high)."""
-    low = (first_head + band * SPAN) * D
-    high = tl.minimum(low + SPAN * D, last_head * D)
-    return low // ALIGN * ALIGN, (high + ALIGN - 1) // ALIGN * ALIGN, low, high
+    """Of the heads of a band: where loads start and end, on bounds of vectors, its channels
+    [low, high), and the window of their convolutions. SECTIONS holds of each section its first
+    band, first head, heads of a band, last head and window."""
+    first, last, window = band * 0, band * 0, band * 0
+    for section in tl.static_range(N_SECTIONS):
+        here = band >= SECTIONS[5 * section]
+        span = SECTIONS[5 * section + 2]
+        head = (band - SECTIONS[5 * section]) * span + SECTIONS[5 * section + 1]
+        first = tl.where(here, head, first)
+        last = tl.where(here, tl.minimum(head + span, SECTIONS[5 * section + 3]), last)
+        window = tl.where(here, SECTIONS[5 * section + 4], window)
+    low, high = first * D, last * D
+    return low // ALIGN * ALIGN, (high + ALIGN - 1) // ALIGN * ALIGN, low, high, window
 
 
 @triton.jit
@@ -64,27 +72,29 @@ def store_band(
 
 @triton.jit
 def convolve(
-    values, stride, factors, factor_stride, taps, n, prefix, H, W, c, end,
-    K: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr,
-    FLIP: tl.constexpr, FACTORS: tl.constexpr,
+    values, stride, factors, factor_stride, taps, n, prefix, H, W, c, end, window,
+    LARGEST: tl.constexpr, WIDTH: tl.constexpr, FLIP: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """[n, c]: the K x K convolution of values, times factors if FACTORS, around the tokens n of one
-    image; FLIP: transposed. Rows of tokens that are not the image's hold anything."""
+    """[n, c]: the convolution of values, times factors if FACTORS, around the tokens n of one
+    image; FLIP: transposed. Rows of tokens that are not the image's hold anything.
+
+    The window is no constant: with its loops unrolled the compilers run out of registers.
+    """
     y, x = (n - prefix) // W, (n - prefix) % W
-    first = n - (K // 2) * W - K // 2  # the token of the first tap
+    radius = window // 2
+    first = n - radius * W - radius  # the token of the first tap
     near_row = values + first[:, None] * stride + c[None, :]
     near_factor_row = factors + first[:, None] * factor_stride + c[None, :]
     column_mask = (c < end)[None, :]
-    margin: tl.constexpr = (LARGEST - K) // 2
-    corner: tl.constexpr = LARGEST - 1 - margin if FLIP else margin
+    corner = LARGEST // 2 + radius if FLIP else LARGEST // 2 - radius
     tap_row = taps + corner * (LARGEST + 1) * WIDTH + c[None, :]
     total = tl.zeros((n.shape[0], c.shape[0]), tl.float32)
-    for row in range(K):
-        near_y = y + (row - K // 2)
+    for row in range(window):
+        near_y = y + row - radius
         inside = (n >= prefix) & (near_y >= 0) & (near_y < H)
-        near_x = tl.where(inside, x - K // 2, W).to(tl.int32)  # W: out of the image, and stays so
+        near_x = tl.where(inside, x - radius, W).to(tl.int32)  # W: out of the image, and stays so
         near, near_factor, tap = near_row, near_factor_row, tap_row
-        for column in range(K):
+        for column in range(window):
             inside = (near_x + column).to(tl.uint32, bitcast=True) < W  # nor is it negative
             mask = inside[:, None] & column_mask
             value = tl.load(near, mask=mask, other=0.0).to(tl.float32)
@@ -148,17 +158,18 @@ def _spread_taps(
 @triton.jit
 def _weight_shares(
     grad, grad_stride_b, grad_stride_n, factors, values, stride_b, stride_n, shares,
-    B, prefix, H, W, tiles, per_share, bands, first_head, last_head,
-    D: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
-    UNIT: tl.constexpr, K: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr,
-    FACTORS: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr,
+    B, prefix, H, W, tiles, per_share, bands,
+    D: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr,
+    SECTIONS: tl.constexpr, N_SECTIONS: tl.constexpr, K: tl.constexpr, LARGEST: tl.constexpr,
+    WIDTH: tl.constexpr, FACTORS: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """shares [share, LARGEST**2 + 1, WIDTH] of the gradients of the taps and biases, laid out as
     taps are; grid: rows of the kernel x bands x shares, per_share tiles of BT pixels each."""
     dy = tl.program_id(0) % K - K // 2
     band = tl.program_id(0) // K % bands
     share = tl.program_id(0) // (K * bands)
-    start, end, low, high = band_of(band, first_head, last_head, D, SPAN, ALIGN)
+    start, end, low, high, _ = band_of(band, D, ALIGN, SECTIONS, N_SECTIONS)
     c = start + tl.arange(0, BC)
     dx = tl.arange(0, BK) - K // 2
     stride_b, stride_n = stride_b * UNIT, stride_n * UNIT
@@ -257,9 +268,7 @@ def sections(
         first += count
     starts = [h for h in range(num_heads) if h == 0 or largest[h] != largest[h - 1]]
     ends = [*starts[1:], num_heads]
-    return [
-        section(a, b, largest[a], head_dim, align) for a, b in zip(starts, ends, strict=True)
-    ]
+    return [section(a, b, largest[a], head_dim, align) for a, b in zip(starts, ends, strict=True)]
 
 
 class Taps(NamedTuple):
@@ -283,6 +292,7 @@ def spread(
     arguments: dict[str, Any] = {
         **{"C": first, "WIDTH": width, "LARGEST": largest, "BLOCK": block},
         **{"GROUPS": tuple(groups), "COUNT": len(windows), "HAS_BIAS": bias is not None},
+        "HAS_TAPS": len(windows) > 0,
     }
     rows = largest**2 + 1 if windows else 0
     taps = torch.empty(rows, width, dtype=torch.float32, device=weight.device)
@@ -320,8 +330,8 @@ def weight_gradients(
         block = _triton.power_of_two(each.window, 1)
         tile = max(4, min(128, 8192 // (block * each.columns)))
         tiles = -(-common["H"] * common["W"] // tile)
-        sizes = section_arguments(each) | {"BK": block, "BT": tile, "tiles": tiles}
-        sizes |= {"per_share": -(-common["B"] * tiles // shares), "shares": parts}
+        sizes = band_arguments([each]) | {"BK": block, "BT": tile, "tiles": tiles}
+        sizes |= {"K": each.window, "per_share": -(-common["B"] * tiles // shares), "shares": parts}
         programs = each.window * each.bands * shares
         launch(_weight_shares, programs, 4, 1, common, taps.arguments, sizes)
     programs = -(-taps.tensor.shape[0] // SUM_ROWS) * taps.blocks
@@ -338,12 +348,28 @@ def _of_channels(each: Section, align: int) -> Section:
     return section(first // unit, last // unit, each.window, unit, align)
 
 
-def section_arguments(each: Section) -> dict[str, Any]:
-    """The sizes of a section by the names of the kernels' parameters."""
+def band_arguments(cut: Sequence[Section]) -> dict[str, Any]:
+    """The sections by the names of the kernels' parameters."""
+    table: list[int] = []
+    bands = 0
+    for each in cut:
+        table += [bands, each.first, each.span, each.last, each.window]
+        bands += each.bands
     return {
-        **{"first_head": each.first, "last_head": each.last, "bands": each.bands, "D": each.head_dim},
-        **{"SPAN": each.span, "BC": each.columns, "TILES": each.tiles, "K": each.window},
+        **{"SECTIONS": tuple(table), "N_SECTIONS": len(cut), "bands": bands, "D": cut[0].head_dim},
+        **{"BC": max(each.columns for each in cut), "TILES": max(each.tiles for each in cut)},
     }
+
+
+def in_runs(sizes: dict[str, Any]) -> dict[str, int]:
+    """How tokens are shared out where each stands for itself: runs of tiles, whose convolutions
+    read the same rows of the image."""
+    tile = min(128, 2048 // sizes["BC"])  # 16 values a thread of 4 warps
+    tiles, units = -(-sizes["N"] // tile), sizes["B"] * sizes["bands"] * sizes["TILES"]
+    runs = max(1, min(tiles // 2, PROGRAMS // units))
+    per_run = -(-tiles // runs)
+    runs = -(-tiles // per_run)
+    return {"BT": tile, "per_run": per_run, "runs": runs, "programs": units * runs}
 
 
 def alignment(channels: int, *strides: int) -> dict[str, int]:

@@ -16,16 +16,16 @@ from torch import Tensor
 from .. import _triton
 from .._registration import register_triton
 from .triton_convolution import (
-    PROGRAMS,
     Section,
     Taps,
     alignment,
+    band_arguments,
     band_of,
     convolve,
+    in_runs,
     launch,
     load_bias,
     section,
-    section_arguments,
     spread,
     store_band,
     tokens_of,
@@ -36,16 +36,15 @@ from .triton_convolution import (
 @triton.jit
 def _add_convolution(
     x, taps, out, stride_b, stride_n, N, prefix, H, W, runs, per_run, bands,
-    first_head, last_head,
-    C: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr,
-    UNIT: tl.constexpr, BT: tl.constexpr, K: tl.constexpr, LARGEST: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr,
+    SECTIONS: tl.constexpr, N_SECTIONS: tl.constexpr, BT: tl.constexpr, LARGEST: tl.constexpr,
     WIDTH: tl.constexpr, FLIP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out [B, N, C] of a run of tokens; FLIP: of the transposed convolution, without the bias.
     Grid: bands x runs x B."""
     band, run = tl.program_id(0) % bands, tl.program_id(0) // bands % runs
     image = (tl.program_id(0) // (bands * runs)).to(tl.int64)
-    start, end, low, high = band_of(band, first_head, last_head, D, SPAN, ALIGN)
+    start, end, low, high, window = band_of(band, D, ALIGN, SECTIONS, N_SECTIONS)
     c = start + tl.arange(0, BC)
     x += image * stride_b * UNIT
     out += image * N * C
@@ -54,8 +53,8 @@ def _add_convolution(
         mask = (n < N)[:, None] & (c < end)[None, :]
         token = tl.load(x + n[:, None] * (stride_n * UNIT) + c[None, :], mask=mask, other=0.0)
         near = convolve(
-            x, stride_n * UNIT, x, stride_n, taps, n, prefix, H, W, c, end,
-            K, LARGEST, WIDTH, FLIP, False,
+            x, stride_n * UNIT, x, stride_n, taps, n, prefix, H, W, c, end, window,
+            LARGEST, WIDTH, FLIP, False,
         )  # fmt: skip
         if not FLIP:
             near += load_bias(taps, c, end, LARGEST, WIDTH)
@@ -91,17 +90,11 @@ def _plan(
 
 def _launch(x: Tensor, sizes: dict[str, Any], bands: Section, taps: Taps, flip: bool) -> Tensor:
     """x plus its convolution."""
-    B, N, C = x.shape
-    tile = min(128, 2048 // bands.columns)
-    tiles = -(-N // tile)
-    runs = max(1, min(tiles // 2, PROGRAMS // (B * bands.bands)))
-    per_run = -(-tiles // runs)
-    runs = -(-tiles // per_run)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    given = {"x": x, "taps": taps.tensor, "out": out, "runs": runs, "per_run": per_run}
-    given |= {"BT": tile, "FLIP": flip}
-    arguments = taps.arguments | sizes | section_arguments(bands)
-    launch(_add_convolution, bands.bands * runs * B, 4, 1, arguments, given)
+    arguments = taps.arguments | sizes | band_arguments([bands])
+    runs = in_runs(arguments)
+    given = {"x": x, "taps": taps.tensor, "out": out, "FLIP": flip}
+    launch(_add_convolution, runs["programs"], 4, 1, arguments, runs, given)
     return out
 
 

@@ -23,12 +23,13 @@ from .triton_convolution import (
     PROGRAMS,
     Section,
     alignment,
+    band_arguments,
     band_of,
     convolve,
+    in_runs,
     launch,
     load_bias,
     section,
-    section_arguments,
     sections,
     spread,
     store_band,
@@ -63,10 +64,10 @@ def load_matrix(pointer, i, j, low, high, D: tl.constexpr, ROW: tl.constexpr):
 
 @triton.jit
 def _forward_context(
-    qkv, state, stride_b, stride_n, B, N, parts, per_part, bands, first_head, last_head,
-    C: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
-    ALIGN: tl.constexpr, UNIT: tl.constexpr, BT: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    qkv, state, stride_b, stride_n, B, N, parts, per_part, bands,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    ALIGN: tl.constexpr, UNIT: tl.constexpr, SECTIONS: tl.constexpr, N_SECTIONS: tl.constexpr,
+    BT: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """state [B, C, D + 2]: of each channel of k its row of softmax(K)^T V, its maximum and the
     inverse of its sum; without WHOLE [parts, B, C, D + 2] of runs of tokens: e^(k - maximum)^T V,
@@ -75,7 +76,7 @@ def _forward_context(
     unit = tl.program_id(0) // (TILES * TILES)
     band, part = unit % bands, unit // bands % parts
     image = (unit // (bands * parts)).to(tl.int64)
-    start, end, low, high = band_of(band, first_head, last_head, D, SPAN, ALIGN)
+    start, end, low, high, _ = band_of(band, D, ALIGN, SECTIONS, N_SECTIONS)
     i = start + tile_k * BC + tl.arange(0, BC)
     j = start + tile_v * BC + tl.arange(0, BC)
     qkv += image * stride_b * UNIT
@@ -138,19 +139,18 @@ def _combine(
 
 @triton.jit
 def _forward(
-    qkv, taps, state, out, stride_b, stride_n, N, prefix, H, W, runs, per_run, bands,
-    first_head, last_head, scale,
-    C: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
-    ALIGN: tl.constexpr, UNIT: tl.constexpr, EDGES: tl.constexpr, BT: tl.constexpr,
-    K: tl.constexpr, LARGEST: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    qkv, taps, state, out, stride_b, stride_n, N, prefix, H, W, runs, per_run, bands, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    ALIGN: tl.constexpr, UNIT: tl.constexpr, SECTIONS: tl.constexpr, N_SECTIONS: tl.constexpr,
+    EDGES: tl.constexpr, BT: tl.constexpr, HAS_TAPS: tl.constexpr, LARGEST: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out [B, N, C] of a run of tokens; grid: tiles of channels x bands x runs x B."""
     tile = tl.program_id(0) % TILES
     unit = tl.program_id(0) // TILES
     band, run = unit % bands, unit // bands % runs
     image = (unit // (bands * runs)).to(tl.int64)
-    start, end, low, high = band_of(band, first_head, last_head, D, SPAN, ALIGN)
+    start, end, low, high, window = band_of(band, D, ALIGN, SECTIONS, N_SECTIONS)
     c = start + tile * BC + tl.arange(0, BC)
     qkv += image * stride_b * UNIT
     out += image * N * C
@@ -170,11 +170,11 @@ def _forward(
                 context = load_matrix(state, i, c, low, high, D, D + 2).to(q.dtype)
                 o += dot(load_rows(qkv, stride_n, n, n < N, i, end), context, PRECISION)
         o *= scale
-        if K > 0:
+        if HAS_TAPS:
             relative = load_bias(taps, c, end, LARGEST, WIDTH)
             relative += convolve(
-                qkv + 2 * C, stride_n, qkv, stride_n, taps, n, prefix, H, W, c, end,
-                K, LARGEST, WIDTH, False, False,
+                qkv + 2 * C, stride_n, qkv, stride_n, taps, n, prefix, H, W, c, end, window,
+                LARGEST, WIDTH, False, False,
             )  # fmt: skip
             o += tl.where((n >= prefix)[:, None], q.to(tl.float32) * relative, 0.0)
         store_band(out + n[:, None] * C + c[None, :], o, n < N, c, low, high, ALIGN, EDGES)
@@ -184,27 +184,19 @@ class Call(NamedTuple):
     """What the kernels of one call take, by the names of their parameters."""
 
     arguments: dict[str, Any]
-    heads: Section  # all of them, whatever their convolutions
-    cut: list[Section]  # by their convolutions
+    heads: dict[str, Any]  # bands of all heads, whatever their convolutions
+    bands: dict[str, Any]  # bands of heads of one window
+    cut: list[Section]  # which these are made of
 
     def in_parts(self, tile: int) -> dict[str, int]:
         """How the tokens are shared out where sums run over them; by the shape alone, never by the
         card, so that sums come out the same everywhere."""
         B, N = self.arguments["B"], self.arguments["N"]
-        tiles = -(-N // tile)
-        parts = max(1, min(tiles // 4, PROGRAMS // (B * self.heads.bands * self.heads.tiles**2)))
+        tiles, units = -(-N // tile), B * self.heads["bands"] * self.heads["TILES"] ** 2
+        parts = max(1, min(tiles // 4, PROGRAMS // units))
         per_part = -(-tiles // parts)
-        return {"BT": tile, "per_part": per_part, "parts": -(-tiles // per_part)}
-
-    def in_runs(self, each: Section) -> dict[str, int]:
-        """How they are where each stands for itself: runs of tiles, whose convolutions share rows
-        of the image."""
-        B, N = self.arguments["B"], self.arguments["N"]
-        tile = min(128, 2048 // each.columns)
-        tiles = -(-N // tile)
-        runs = max(1, min(tiles // 2, PROGRAMS // (B * each.bands * each.tiles)))
-        per_run = -(-tiles // runs)
-        return {"BT": tile, "per_run": per_run, "runs": -(-tiles // per_run)}
+        parts = -(-tiles // per_part)
+        return {"BT": tile, "per_part": per_part, "parts": parts, "programs": units * parts}
 
 
 def plan(
@@ -232,8 +224,9 @@ def plan(
         "WIDE": N * max(C3, *strides[1::2]) >= 2**31,
     }
     align = sizes["ALIGN"]
-    heads = section(0, num_heads, 0, head_dim, align)
-    return Call(arguments, heads, sections(num_heads, head_dim, windows, channels, align))
+    heads = band_arguments([section(0, num_heads, 0, head_dim, align)])
+    cut = sections(num_heads, head_dim, windows, channels, align)
+    return Call(arguments, heads, band_arguments(cut), cut)
 
 
 def convrel_fwd(
@@ -261,13 +254,11 @@ def convrel_fwd(
         return out, state
     _launch_context(call, state)
     taps = spread(conv_weight, conv_bias, windows, channels)
+    sizes = taps.arguments | call.arguments | call.bands
+    runs = in_runs(sizes)
     results = {"taps": taps.tensor, "state": state, "out": out}
     warps = _triton.warps(qkv.dtype, False)
-    for each in call.cut:
-        runs = call.in_runs(each)
-        programs = each.tiles * each.bands * runs["runs"] * B
-        sizes = taps.arguments | call.arguments | section_arguments(each)
-        launch(_forward, programs, warps, 1, sizes, runs, results)
+    launch(_forward, runs["programs"], warps, 1, sizes, runs, results)
     return out, state
 
 
@@ -276,11 +267,10 @@ def _launch_context(call: Call, state: Tensor) -> None:
     parts = call.in_parts(64)
     count = parts["parts"]
     shares = state if count == 1 else state.new_empty(count, *state.shape)
-    programs = call.heads.tiles**2 * call.heads.bands * count * state.shape[0]
-    sizes = call.arguments | section_arguments(call.heads)
+    sizes = call.arguments | call.heads
     given = {"state": shares, "WHOLE": count == 1}
     warps = _triton.warps(call.arguments["qkv"].dtype, False)
-    launch(_forward_context, programs, warps, 2, sizes, parts, given)
+    launch(_forward_context, parts["programs"], warps, 2, sizes, parts, given)
     if count > 1:
         rows, D = state.numel() // state.shape[-1], state.shape[-2]
         block = max(1, min(STATE_ROWS, 4096 // _triton.power_of_two(D)))
