@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
@@ -35,10 +35,15 @@ operators = pytest.mark.parametrize("op", list(OPERATORS))
 droppers = pytest.mark.parametrize("op", list(WITH_DROPOUT))
 
 
-def of(*fields: str, among: Iterable[str] = OPERATORS, few: bool = False) -> pytest.MarkDecorator:
+def of(
+    *fields: str,
+    among: Iterable[str] = OPERATORS,
+    few: bool = False,
+    without: Collection[str] = (),
+) -> pytest.MarkDecorator:
     """A test of (op, case): for each operator, each case in these fields of its description.
 
-    among: the operators. few: only the cases that run under every ISA.
+    among: the operators. few: only the cases that run under every ISA. without: ids, "op-case".
     """
     return pytest.mark.parametrize(
         ("op", "case"),
@@ -48,6 +53,7 @@ def of(*fields: str, among: Iterable[str] = OPERATORS, few: bool = False) -> pyt
             for field in fields
             for given in getattr(OPERATORS[name], field)
             if not few or given.id in OPERATORS[name].isa
+            if f"{name}-{given.id}" not in without
         ],
     )
 
