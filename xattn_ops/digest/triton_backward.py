@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _triton
 from .._registration import register_triton
-from .._triton import dot, keep_weights
+from .._triton import LOG2E, dot, keep_weights
 from .triton_kernels import _rows, _scores, arguments
 
 IMAGES = 32  # at most as many shares of the table's gradient
@@ -37,7 +37,7 @@ def _weights(
         q, k, bias, head, i, j, n_keys, tokens, prefix, grid_w, patches, scale,
         DIGESTS, HAS_BIAS, PRECISION,
     )  # fmt: skip
-    p = tl.exp2(s - highest[:, None]) * weight[:, None]
+    p = tl.exp2((s - highest[:, None]) * LOG2E) * weight[:, None]
     dp = dot(do, tl.trans(v), PRECISION)
     kept = p
     if DROPOUT:
@@ -51,13 +51,13 @@ def _weights(
 
 @triton.jit
 def _row_pass(
-    q, do, result, delta, keys, values, stride, bias, highest, weight, seed, unit, query_tile, head,
-    i, first_key, n_keys, tokens, all_keys, prefix, grid_w, patches, scale, threshold, keep_scale,
+    q, do, result, delta, share, keys, values, stride, bias, highest, weight, seed, unit,
+    query_tile, head, i, first_key, n_keys, tokens, all_keys, prefix, grid_w, patches, scale, threshold, keep_scale,
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, SECOND: tl.constexpr,
     DIGESTS: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First pass over keys: delta, the sums of weights times their gradients. SECOND: with delta
-    known, the gradient of q."""
+    """First pass over keys: delta, the sums of weights times their gradients, and share, those of
+    the weights. SECOND: with delta known, the gradient of q."""
     d = tl.arange(0, BD)
     for start in range(0, n_keys, BK):
         j = start + tl.arange(0, BK)
@@ -73,7 +73,8 @@ def _row_pass(
             result += dot((p * (dp - delta[:, None])).to(k.dtype), k, PRECISION)
         else:
             delta += tl.sum(p * dp, 1)
-    return result, delta
+            share += tl.sum(p, 1)
+    return result, delta, share
 
 
 @triton.jit
@@ -85,8 +86,12 @@ def _backward_rows(
     HAS_TABLE: tl.constexpr, HAS_DIGESTS: tl.constexpr, HAS_DIGEST_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of q, and deltas [B, heads, N]: the sum over a row of weights times their gradients.
-    Grid as forward."""
+    """Gradient of q, and deltas [B, heads, N, 2]: the sum over a row of weights times their
+    gradients, and row_stats' factor, corrected. Grid as forward.
+
+    Logits of thousands come out a little different from the forward's. A row of weights that sums
+    to one again keeps the difference of two nearly equal gradients right.
+    """
     C: tl.constexpr = HEADS * D
     head = tl.program_id(0) % HEADS
     query_tile = tl.program_id(0) // HEADS % query_tiles
@@ -103,24 +108,30 @@ def _backward_rows(
     highest = tl.load(stats, mask=i < tokens, other=0.0)
     weight = tl.load(stats + 1, mask=i < tokens, other=0.0)
     delta = tl.zeros((BQ,), tl.float32)
+    share = tl.zeros((BQ,), tl.float32)
     dq = tl.zeros((BQ, BD), tl.float32)
     for second in tl.static_range(2):
-        dq, delta = _row_pass(
-            q, do, dq, delta, base + C, base + 2 * C, stride_n, table, highest, weight, seed, unit,
-            query_tile, head, i, 0, tokens, tokens, tokens + digests, prefix, grid_w, patches,
+        dq, delta, share = _row_pass(
+            q, do, dq, delta, share, base + C, base + 2 * C, stride_n, table, highest, weight, seed,
+            unit, query_tile, head, i, 0, tokens, tokens, tokens + digests, prefix, grid_w, patches,
             scale, threshold, keep_scale, D, BQ, BK, BD, second == 1, False, HAS_TABLE, DROPOUT,
             PRECISION,
         )  # fmt: skip
         if HAS_DIGESTS:
-            dq, delta = _row_pass(
-                q, do, dq, delta, extra, extra + C, digest_stride_n, digest_bias, highest, weight,
-                seed, unit, query_tile, head, i, tokens, digests, tokens, tokens + digests, prefix,
-                grid_w, patches, scale, threshold, keep_scale, D, BQ, BK, BD, second == 1, True,
-                HAS_DIGEST_BIAS, DROPOUT, PRECISION,
+            dq, delta, share = _row_pass(
+                q, do, dq, delta, share, extra, extra + C, digest_stride_n, digest_bias, highest,
+                weight, seed, unit, query_tile, head, i, tokens, digests, tokens, tokens + digests,
+                prefix, grid_w, patches, scale, threshold, keep_scale, D, BQ, BK, BD, second == 1,
+                True, HAS_DIGEST_BIAS, DROPOUT, PRECISION,
             )  # fmt: skip
+        if second == 0:
+            share = tl.where(i < tokens, share, 1.0)
+            delta, weight = delta / share, weight / share
     to = _rows(grad_qkv + image * tokens * 3 * C + head * D, i, 3 * C, d)
     tl.store(to, (dq * scale).to(q.dtype), mask=mask)
-    tl.store(deltas + unit * tokens + i, delta, mask=i < tokens)
+    corrected = deltas + (unit * tokens + i) * 2
+    tl.store(corrected, delta, mask=i < tokens)
+    tl.store(corrected + 1, weight, mask=i < tokens)
 
 
 @triton.jit
@@ -162,10 +173,10 @@ def _backward_columns(
         q = tl.load(_rows(base, i, stride_n, d), mask=there, other=0.0)
         grads = _rows(grad_out + image * grad_stride_b + head * D, i, grad_stride_n, d)
         do = tl.load(grads, mask=there, other=0.0)
-        stats = row_stats + (unit * tokens + i) * 2
-        highest = tl.load(stats, mask=i < tokens, other=0.0)
-        weight = tl.load(stats + 1, mask=i < tokens, other=0.0)  # 0: rows that are not there
-        delta = tl.load(deltas + unit * tokens + i, mask=i < tokens, other=0.0)
+        statistic = (unit * tokens + i) * 2
+        highest = tl.load(row_stats + statistic, mask=i < tokens, other=0.0)
+        delta = tl.load(deltas + statistic, mask=i < tokens, other=0.0)
+        weight = tl.load(deltas + statistic + 1, mask=i < tokens, other=0.0)  # 0: no such row
         p, kept, dp = _weights(
             q, k, v, do, bias, highest, weight, seed, unit, query_tile, head, i, j, first_key,
             n_keys, tokens, tokens + digests, prefix, grid_w, patches, scale, threshold, keep_scale,
@@ -227,10 +238,10 @@ def _backward_table(
                 v = tl.load(_rows(base + 2 * C, j, stride_n, d), mask=mask_j, other=0.0)
                 grads = _rows(grad_out + image * grad_stride_b + head * D, i, grad_stride_n, d)
                 do = tl.load(grads, mask=mask_i, other=0.0)
-                stats = row_stats + (unit * tokens + i) * 2
-                highest = tl.load(stats, mask=row, other=0.0)
-                weight = tl.load(stats + 1, mask=row, other=0.0)
-                delta = tl.load(deltas + unit * tokens + i, mask=row, other=0.0)
+                statistic = (unit * tokens + i) * 2
+                highest = tl.load(row_stats + statistic, mask=row, other=0.0)
+                delta = tl.load(deltas + statistic, mask=row, other=0.0)
+                weight = tl.load(deltas + statistic + 1, mask=row, other=0.0)
                 p, _, dp = _weights(
                     q, k, v, do, table, highest, weight, seed, unit, 0, head, i, j, 0,
                     tokens, tokens, tokens + digests, prefix, grid_w, patches, scale, threshold,
@@ -336,7 +347,7 @@ def digest_bwd(
             qkv, digest_kv, bias_table, digest_bias, row_stats, seed, num_heads, (grid_h, grid_w),
             num_prefix_tokens, scale, dropout_p,
         )  # fmt: skip
-        deltas = torch.empty(row_stats.shape[:3], dtype=torch.float32, device=qkv.device)
+        deltas = torch.empty_like(row_stats)
         strides = {"grad_stride_b": grad_out.stride(0), "grad_stride_n": grad_out.stride(1)}
         given |= {"grad_out": grad_out, "deltas": deltas, **strides}
         _launch(given, *grads)

@@ -32,22 +32,22 @@ def _scores(
     q, k, bias, head, i, j, n_keys, tokens, prefix, grid_w, patches, scale,
     DIGESTS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits times log2(e) of the queries i and the keys j; -inf beyond the last key.
+    """Logits of the queries i and the keys j; -inf beyond the last key.
 
     bias: [heads, patches] by |dy| * grid_w + |dx| where the keys are tokens, [heads, n_keys] where
     they are digests.
     """
-    s = dot(q, tl.trans(k), PRECISION) * (scale * LOG2E)
+    s = dot(q, tl.trans(k), PRECISION) * scale
     if HAS_BIAS and DIGESTS:
         column = tl.load(bias + head * n_keys + j, mask=j < n_keys, other=0.0)
-        s += (column.to(tl.float32) * LOG2E)[None, :]
+        s += column.to(tl.float32)[None, :]
     if HAS_BIAS and not DIGESTS:
         p, o = i - prefix, j - prefix
         dy = tl.abs(p[:, None] // grid_w - o[None, :] // grid_w)
         dx = tl.abs(p[:, None] % grid_w - o[None, :] % grid_w)
         both = ((p >= 0) & (i < tokens))[:, None] & ((o >= 0) & (j < tokens))[None, :]
         relative = tl.load(bias + head * patches + dy * grid_w + dx, mask=both, other=0.0)
-        s += relative.to(tl.float32) * LOG2E
+        s += relative.to(tl.float32)
     return tl.where((j < n_keys)[None, :], s, float("-inf"))
 
 
@@ -71,8 +71,8 @@ def _attend(
             DIGESTS, HAS_BIAS, PRECISION,
         )  # fmt: skip
         above = tl.maximum(highest, tl.max(s, 1))
-        e = tl.exp2(s - above[:, None])
-        before = tl.exp2(highest - above)
+        e = tl.exp2((s - above[:, None]) * LOG2E)  # the difference is exact; logits may be huge
+        before = tl.exp2((highest - above) * LOG2E)
         total = total * before + tl.sum(e, 1)
         if DROPOUT:
             blocks = query_tile * (BQ // 4) + tl.arange(0, BQ // 4)
@@ -92,8 +92,8 @@ def _forward(
     HAS_TABLE: tl.constexpr, HAS_DIGESTS: tl.constexpr, HAS_DIGEST_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N, C] and row_stats [B, heads, N, 2]: log2(e) times the highest logit of a row, and
-    one over the sum of its weights. Grid: images x query tiles x heads."""
+    """out [B, N, C] and row_stats [B, heads, N, 2]: the highest logit of a row, and one over the
+    sum of its weights before they are scaled to one. Grid: images x query tiles x heads."""
     C: tl.constexpr = HEADS * D
     head = tl.program_id(0) % HEADS
     query_tile = tl.program_id(0) // HEADS % query_tiles
