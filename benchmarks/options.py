@@ -12,13 +12,19 @@ DIRECTIONS = ("fwd", "fwdbwd")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give the parser everything that `command.main` reads."""
     add = parser.add_argument
-    add("operators", nargs="*", metavar="OPERATOR", help="ipsa, cpsa, convrel, convpos (all)")
+    add(
+        "operators",
+        nargs="*",
+        metavar="OPERATOR",
+        help="ipsa, cpsa, convrel, convpos, clsattn (all)",
+    )
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     add("--stages", nargs="+", type=int, metavar="N", help="of an operator's shapes, from 0 (all)")
     add("--batch", type=int, default=8)
     add("--blocks", action="store_true", help="whole blocks of CAT-S and CoaT-Lite too")
     add("--models", nargs="*", metavar="NAME", help="whole models too (the operators')")
+    add("--timm", nargs="*", metavar="NAME", help="timm's models before and after patch (three)")
     add("--threads", type=int, help="intra-op threads (torch's own choice)")
     add("--budget", type=float, help="seconds of timing a case (2; 0.2 with --quick)")
     add(

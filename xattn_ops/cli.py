@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="a photo through a model: accuracy, speed, pictures")
     demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="a photo (a sample)")
-    demo.add_argument("--model", default="cat_tiny", help="a CAT or CoaT (cat_tiny)")
+    demo.add_argument("--model", default="cat_tiny", help="a CAT, CoaT or CrossViT (cat_tiny)")
     demo.add_argument("--weights", type=Path, metavar="FILE", help="official checkpoint (random)")
     demo.add_argument("--block", type=int, metavar="N", help="whose CLS map to draw (-1, the last)")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="pictures")

@@ -11,7 +11,7 @@ modules             our modules with the official formulations inside, for block
 plain               what they share
 """
 
-from xattn_ops.benchmarks.baselines.clsattn import cls_absorbed, cls_eager, cls_sdpa
+from xattn_ops.benchmarks.baselines.clsattn import CLS_EPS, cls_absorbed, cls_eager, cls_sdpa
 from xattn_ops.benchmarks.baselines.convpos import convpos_eager, convpos_nhwc
 from xattn_ops.benchmarks.baselines.convrel import convrel_eager, convrel_nhwc
 from xattn_ops.benchmarks.baselines.cpsa import attend_eager, attend_sdpa, cpsa
@@ -26,6 +26,7 @@ from xattn_ops.benchmarks.baselines.ipsa import (
     sdpa_core,
 )
 from xattn_ops.benchmarks.baselines.modules import (
+    PlainClsCross,
     PlainConvPosition,
     PlainConvRelative,
     PlainCrossPatch,
@@ -39,8 +40,10 @@ from xattn_ops.benchmarks.baselines.modules import (
 from xattn_ops.benchmarks.baselines.plain import Plain, compiled
 
 __all__ = [
+    "CLS_EPS",
     "Core",
     "Plain",
+    "PlainClsCross",
     "PlainConvPosition",
     "PlainConvRelative",
     "PlainCrossPatch",

@@ -7,6 +7,8 @@ shapes              the feature maps of the models
 case                what a case is
 ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
+clsattn             CrossViT's
+patched             timm's models before and after our patch
 whole               blocks and models
 """
 
@@ -18,11 +20,21 @@ from typing import Any
 import torch
 
 from xattn_ops.benchmarks.cases.case import FORWARD, STEP, Case, Variant
+from xattn_ops.benchmarks.cases.clsattn import clsattn_case
 from xattn_ops.benchmarks.cases.convpos import convpos_case
 from xattn_ops.benchmarks.cases.convrel import convrel_case, convrel_module_case
 from xattn_ops.benchmarks.cases.cpsa import cpsa_case
 from xattn_ops.benchmarks.cases.ipsa import ipsa_case, ipsa_module_case
-from xattn_ops.benchmarks.cases.shapes import CAT_SMALL, COAT, COAT_SMALL_SCALES, Grid, Stage
+from xattn_ops.benchmarks.cases.patched import check_timm, is_timm, timm_case
+from xattn_ops.benchmarks.cases.shapes import (
+    CAT_SMALL,
+    COAT,
+    COAT_SMALL_SCALES,
+    CROSSVIT_15,
+    Grid,
+    Stage,
+    Tokens,
+)
 from xattn_ops.benchmarks.cases.whole import (
     OnGrid,
     cab_case,
@@ -39,13 +51,16 @@ __all__ = [
     "OPERATORS",
     "SHAPES",
     "STEP",
+    "TIMM",
     "Case",
     "Grid",
     "OnGrid",
     "Stage",
+    "Tokens",
     "Variant",
     "build",
     "check_model",
+    "check_timm",
     "model_case",
 ]
 
@@ -58,6 +73,7 @@ BUILDERS: dict[str, Callable[[Any, int, torch.dtype, str], Case]] = {
     "convrel_module": convrel_module_case,
     "convpos": convpos_case,
     "coat_block": coat_block_case,
+    "clsattn": clsattn_case,
 }
 SHAPES: dict[str, tuple[Any, ...]] = {
     "ipsa": CAT_SMALL,
@@ -68,6 +84,7 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "convrel_module": COAT,
     "convpos": COAT,
     "coat_block": COAT_SMALL_SCALES,
+    "clsattn": CROSSVIT_15,
 }
 # argument of the command -> the cases, blocks and models that go with it
 OPERATORS = {
@@ -75,6 +92,7 @@ OPERATORS = {
     "cpsa": ("cpsa",),
     "convrel": ("convrel", "convrel_module"),
     "convpos": ("convpos",),
+    "clsattn": ("clsattn",),
 }
 BLOCKS = {"ipsa": "cab", "cpsa": "cab", "convrel": "coat_block", "convpos": "coat_block"}
 _OF_COAT = ("coat_lite_small", "coat_mini")
@@ -83,14 +101,18 @@ MODELS = {
     "cpsa": ("cat_small",),
     "convrel": _OF_COAT,
     "convpos": _OF_COAT,
+    "clsattn": ("crossvit_15",),
 }
+TIMM = ("swin_tiny_patch4_window7_224", "coat_lite_small", "crossvit_15_240")
 
 
 def build(operator: str, stage: int, batch: int, dtype: torch.dtype, direction: str) -> Case:
-    """The case of one of the operator's `SHAPES`, or of a model, which has none.
+    """The case of one of the operator's `SHAPES`, or of a model or "timm/<model>", without any.
 
     A shape may have fewer images than `batch`.
     """
     if operator in BUILDERS:
         return BUILDERS[operator](SHAPES[operator][stage], batch, dtype, direction)
+    if is_timm(operator):
+        return timm_case(operator, batch, dtype, direction)
     return model_case(operator, batch, dtype, direction)

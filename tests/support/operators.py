@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -35,15 +35,19 @@ operators = pytest.mark.parametrize("op", list(OPERATORS))
 droppers = pytest.mark.parametrize("op", list(WITH_DROPOUT))
 
 
-def of(*fields: str) -> pytest.MarkDecorator:
-    """A test of (op, case): for each operator, each case in these fields of its description."""
+def of(*fields: str, among: Iterable[str] = OPERATORS, few: bool = False) -> pytest.MarkDecorator:
+    """A test of (op, case): for each operator, each case in these fields of its description.
+
+    among: the operators. few: only the cases that run under every ISA.
+    """
     return pytest.mark.parametrize(
         ("op", "case"),
         [
             pytest.param(name, *given.values, id=f"{name}-{given.id}")
-            for name, operator in OPERATORS.items()
+            for name in among
             for field in fields
-            for given in getattr(operator, field)
+            for given in getattr(OPERATORS[name], field)
+            if not few or given.id in OPERATORS[name].isa
         ],
     )
 

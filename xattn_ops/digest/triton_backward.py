@@ -52,7 +52,8 @@ def _weights(
 @triton.jit
 def _row_pass(
     q, do, result, delta, share, keys, values, stride, bias, highest, weight, seed, unit,
-    query_tile, head, i, first_key, n_keys, tokens, all_keys, prefix, grid_w, patches, scale, threshold, keep_scale,
+    query_tile, head, i, first_key, n_keys, tokens, all_keys, prefix, grid_w, patches,
+    scale, threshold, keep_scale,
     D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, SECOND: tl.constexpr,
     DIGESTS: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
