@@ -114,6 +114,19 @@ def _convpos(side: int, C: int, dtype: torch.dtype) -> None:
     convpos_bwd(convpos_fwd(x, weight, bias, side, side, 1), x, weight, bias, side, side, 1)
 
 
+def _digest(side: int, digests: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    from .digest.triton_backward import digest_bwd
+    from .digest.triton_kernels import digest_fwd
+
+    N, C = side * side, heads * head_dim
+    qkv, out = (_meta(256, N, n * C, dtype=dtype) for n in (3, 1))
+    kv = _meta(256, digests, 2 * C, dtype=dtype)
+    table, bias = (_meta(heads, n, dtype=dtype) for n in (N, digests))
+    options = (heads, side, side, 0, head_dim**-0.5, 0.0)
+    _, stats = digest_fwd(qkv, kv, table, bias, None, *options)
+    digest_bwd(out, qkv, kv, table, bias, stats, None, *options)
+
+
 class Call(NamedTuple):
     """A call of an operator, forward and backward; paper: at a shape of its paper."""
 
@@ -130,6 +143,11 @@ CALLS: dict[str, dict[str, Call]] = {
         "padded": Call(lambda dtype: _ipsa(30, 6, 32, 7, 0, dtype)),
         "padded, shifted": Call(lambda dtype: _ipsa(30, 6, 32, 7, 3, dtype), paper=False),
         "window 12": Call(lambda dtype: _ipsa(24, 6, 32, 12, 6, dtype), paper=False),
+    },
+    "digest": {
+        "196 + 80, 6 x 32": Call(lambda dtype: _digest(14, 80, 6, 32, dtype)),
+        "49 + 4, 10 x 32": Call(lambda dtype: _digest(7, 4, 10, 32, dtype)),
+        "784 + 245, 3 x 64": Call(lambda dtype: _digest(28, 245, 3, 64, dtype), paper=False),
     },
     "convrel": {
         "56x56, 8 x 8": Call(lambda dtype: _convrel(56, 8, 8, dtype)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, serve
+from .._backend import choose, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
@@ -81,7 +81,7 @@ def digest_attention(
             dropout_p=dropout_p,
             seed=seed,
         )
-    return apply(_DigestAttention, *tensors, seed, options)[0]
+    return apply(_DigestAttention, *tensors, seed, kernels(chosen), options)[0]
 
 
 class _DigestAttention(torch.autograd.Function):
@@ -99,15 +99,14 @@ class _DigestAttention(torch.autograd.Function):
         bias_table: Tensor | None,
         digest_bias: Tensor | None,
         seed: Tensor | None,
+        ops: Any,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.xattn_ops.digest_fwd(
-            qkv, digest_kv, bias_table, digest_bias, seed, *options
-        )
+        return ops.digest_fwd(qkv, digest_kv, bias_table, digest_bias, seed, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, seed, ctx.options = inputs
+        *tensors, seed, ctx.ops, ctx.options = inputs
         ctx.save_for_backward(*tensors, output[1], seed)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -115,9 +114,9 @@ class _DigestAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 6
+            return (None,) * 7
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
-        grads = backward_once(torch.ops.xattn_ops.digest_bwd, *args)
+        grads = backward_once(ctx.ops.digest_bwd, *args)
         return asked_for(ctx, grads)
 
 
@@ -186,7 +185,11 @@ def _fake_forward(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(B, N, C3 // 3), stats
 
 
-serve("digest_attention", cpu=lambda call: missing("digest_fwd", "digest_bwd"))
+serve(
+    "digest_attention",
+    cpu=lambda call: missing("digest_fwd", "digest_bwd"),
+    triton=triton("xattn_ops.digest.triton_backward"),
+)
 register(
     "digest_fwd",
     batched=("qkv", "digest_kv"),
