@@ -298,7 +298,8 @@ def spread(
     taps = torch.empty(rows, width, dtype=torch.float32, device=weight.device)
     blocks = -(-width // block)
     if windows:
-        given = {"weight": weight, "bias": weight if bias is None else bias, "ROWS": TAP_ROWS}
+        dense = {"weight": weight, "bias": weight if bias is None else bias}
+        given: dict[str, Any] = {**dense, "ROWS": TAP_ROWS}
         programs = -(-rows // TAP_ROWS) * blocks
         _triton.launch(_spread_taps, programs, warps=4, taps=taps, **given, **arguments)
     return Taps(taps, arguments, blocks)
