@@ -19,7 +19,7 @@ from support.oracle import check_against_float64, check_nan_stays_in_its_image
 from xattn_ops import _backend, explain
 
 pytest.importorskip("triton", reason="Triton is not installed")
-KERNELS = ("ipsa", "digest", "convrel", "convpos")  # operators that have Triton kernels
+KERNELS = ("ipsa", "digest", "merge", "convrel", "convpos")  # operators that have Triton kernels
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here, not interpreted"
 )
@@ -28,6 +28,7 @@ TOO_LARGE = {  # for the interpreter; other cases take the same ways through the
     *(f"convrel-{id}" for id in ("coat_lite_stage2", "coat_lite_stage4", "coat_tiny", "coat_mini")),
     *(f"digest-{id}" for id in ("three_chunks", "two_chunks", "dropout_two_chunks")),
     *(f"digest-two_chunks-{id}" for id in ("50", "-50")),
+    *(f"merge-{id}" for id in ("cabvit_stage3", "cabvit_h_l2_stage3", "many_tokens")),
 }
 FLOATS = [
     pytest.param(torch.float32, id="f32"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from support import clsattn, convpos, convrel, cpsa, digest, ipsa
+from support import clsattn, convpos, convrel, cpsa, digest, ipsa, merge
 from support.cases import Case
 from support.description import Description
 
@@ -18,6 +18,7 @@ OPERATORS: dict[str, Description] = {
         ipsa.DESCRIPTION,
         cpsa.DESCRIPTION,
         digest.DESCRIPTION,
+        merge.DESCRIPTION,
         convrel.DESCRIPTION,
         convpos.DESCRIPTION,
         clsattn.DESCRIPTION,

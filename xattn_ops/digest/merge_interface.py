@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._backend import choose, kernels, serve, triton
-from .._registration import apply, autocast, backward_once, missing, register
+from .._registration import apply, asked_for, autocast, backward_once, missing, register
 from .merge_reference import token_merge_enhance_reference
 
 
@@ -97,8 +97,7 @@ class _TokenMergeEnhance(torch.autograd.Function):
             return (None,) * 6
         args = (*grad_out, *ctx.saved_tensors, *ctx.options)
         grads = backward_once(ctx.ops.merge_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None)
+        return asked_for(ctx, grads)
 
 
 def _plan(
