@@ -1,6 +1,7 @@
 """CabViT: Cross Attention among Blocks for Vision Transformer (Zhang, Hu and Wang, 2022).
 
-Hybrid models (CabViT-H) and the plain one (CabViT-P); see `cabvit_blocks` for their blocks.
+Hybrid models (CabViT-H) and the plain one (CabViT-P); see `cabvit_blocks` for their blocks,
+`cabvit_convs` for what is between them.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from xattn_ops import _checks
 from xattn_ops._linear import linear
 from xattn_ops.digest import digest_attention_map
 from xattn_ops.models.cabvit_blocks import (
-    EMBEDS,
     CaBlock,
     ConvNeXtBlock,
     Grid,
-    PatchProjection,
     WindowBlock,
     digest_grid,
     run_blocks,
 )
+from xattn_ops.models.cabvit_convs import EMBEDS, PatchProjection
 from xattn_ops.models.checkpoints import resize_token_positions, token_side
 from xattn_ops.models.layers import Linear, check_image, image_size, init_weights, run
 from xattn_ops.models.registry import register

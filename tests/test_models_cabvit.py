@@ -11,6 +11,7 @@ from goldens import facts, golden, image, layout, official_state
 from support.cases import BACKENDS, native
 from support.models import (
     backends,
+    cabvits,
     gradients,
     kinds,
     loss_of,
@@ -24,15 +25,11 @@ from torch import Tensor, nn
 from xattn_ops import flops
 from xattn_ops.models import create_model, list_models, load_official
 from xattn_ops.models.cabvit import CabViT, PlainCabViT
-from xattn_ops.models.cabvit_blocks import CaBlock, ConvNorm, averages
+from xattn_ops.models.cabvit_blocks import averages
 
 OFFICIAL = ["cabvit_h_l1", "cabvit_h_l2", "cabvit_h_l3"]
 NAMES = [*OFFICIAL, "cabvit_p_l0"]
 X = (2, 3, 64, 96)  # the size that the small models are for
-
-families = pytest.mark.parametrize(
-    "small", [small_cabvit, small_plain_cabvit], ids=["hybrid", "plain"]
-)
 
 
 # ---- The official numbers -----------------------------------------------------------------------
@@ -64,7 +61,7 @@ def test_parameters_and_macs_equal_the_official_ones(name):
     assert (macs + unread) / 1e9 == pytest.approx(facts(name)["gmacs"], abs=6e-5)
 
 
-@families
+@cabvits
 def test_macs_are_the_same_with_the_kernels(small):
     counts = {
         flops.count(small(backend=backend), (1, *X[1:]))[""] for backend in ("reference", None)
@@ -81,7 +78,7 @@ def test_state_has_the_official_layout(name):
 
 
 @kinds
-@families
+@cabvits
 def test_state_dict_round_trip(small, features_only, tmp_path):
     model = small(features_only=features_only)
     model(torch.randn(X))  # running statistics of their own
@@ -134,63 +131,12 @@ def test_classifier_of_any_size(size):
     assert block.num_digests == 2 * -(-block.grid[0] // 4) * -(-block.grid[1] // 4)
 
 
-def scrambled(model: nn.Module) -> nn.Module:
-    """All parameters random, for tables begin near zero and factors at one."""
-    for key, p in model.named_parameters():
-        nn.init.normal_(p, 1.0 if "norm" in key or "bn" in key else 0.0, 0.3)
-    return model.eval()
-
-
-@families
-@torch.no_grad()
-def test_tables_are_resized_when_loaded_as_when_called(small):
-    """For an image of another size, a model made for it gives what one made for another does."""
-    model = scrambled(small(img_size=64))
-    wide = small(img_size=(128, 80)).eval()
-    assert load_official(wide, model.state_dict()) == ([], [])
-    x = torch.randn(2, 3, 128, 80)
-    torch.testing.assert_close(wide(x), model(x))
-    assert wide.cab_blocks(3 if small is small_cabvit else 1)[1].attention_biases.std() > 0.05
-
-
-def test_bias_tables_are_resized_bicubically_around_offset_zero():
-    """As Swin's of all offsets are: zero stays at zero, and the quadrants stay mirror images."""
-    block = CaBlock(
-        4, (3, 4), 1, False, 0.0,
-        head_dim=2, mlp_ratio=1, attn_drop=0, layer_scale=1, backend=None,
-    )  # fmt: skip
-    nn.init.normal_(block.attention_biases)
-    ours = block.tables_on((5, 7)).bias.view(2, 5, 7)
-    dy, dx = torch.arange(-2, 3).abs(), torch.arange(-3, 4).abs()
-    every = block.attention_biases.view(2, 3, 4)[:, dy][:, :, dx]  # by dy + 2, dx + 3
-    resized = F.interpolate(every[None], (9, 13), mode="bicubic", align_corners=False)[0]
-    torch.testing.assert_close(ours, resized[:, 4:, 6:])
-    torch.testing.assert_close(resized.flip(1).flip(2)[:, 4:, 6:], ours)
-
-
-def test_tables_of_digests_are_resized_bicubically_block_by_block():
-    block = CaBlock(
-        4, (8, 8), 3, False, 0.0,
-        head_dim=2, mlp_ratio=1, attn_drop=0, layer_scale=1, backend=None,
-    )  # fmt: skip
-    nn.init.normal_(block.s_token_bias)
-    nn.init.normal_(block.s_scale_factors)
-    tables = block.tables_on((12, 17))
-    for ours, own in (
-        (tables.digest_bias, block.s_token_bias[0, :, 0]),
-        (tables.digest_scale[..., 0], block.s_scale_factors[..., 0]),
-    ):
-        maps = own.unflatten(-1, (3, 2, 2))
-        resized = F.interpolate(maps, (3, 5), mode="bicubic", align_corners=False)
-        torch.testing.assert_close(ours, resized.flatten(-3))
-
-
-@families
+@cabvits
 def test_empty_batch(small):
     assert small().eval()(torch.randn(0, *X[1:])).shape == (0, 5)
 
 
-@families
+@cabvits
 @pytest.mark.parametrize(
     ("x", "message"),
     [
@@ -311,81 +257,10 @@ def test_names():
         create_model("cabvit_p_l0", colour="red")
 
 
-# ---- Checkpoints --------------------------------------------------------------------------------
-
-
-def test_an_official_checkpoint_in_a_model_of_another_size():
-    state = official_state("cabvit_h_l1")
-    model = create_model("cabvit_h_l1", img_size=(320, 256))
-    assert load_official(model, state) == ([], [])
-    key, block = "layer_2.blocks.3.s_scale_factors", model.cab_blocks(3)[3]
-    maps = state[key].float().view(1, 3, 4, 4)
-    resized = F.interpolate(maps, (5, 4), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(block.s_scale_factors, resized.view(1, 60, 1))
-    assert block.attention_biases.shape == (6, 20 * 16)
-
-
-@families
-def test_classifier_checkpoint_in_a_backbone(small):
-    classifier, backbone = scrambled(small()), small(features_only=True).eval()
-    report = load_official(backbone, classifier.state_dict())
-    assert report.kept == []
-    heads = {"norm_head", "head"} if small is small_cabvit else {"head"}
-    assert {key.split(".")[0] for key in report.ignored} == heads
-    x = torch.randn(X)
-    maps = backbone(x)
-    if small is small_cabvit:
-        pooled = classifier.norm_head(maps[-1].mean((2, 3)))
-        torch.testing.assert_close(classifier.head(pooled), classifier(x))
-    else:
-        tokens, grid = classifier.tokens(x)
-        torch.testing.assert_close(maps[0].flatten(2).mT, classifier.norm(tokens)[:, 1:])
-        assert maps[0].shape[2:] == grid
-    with pytest.raises(ValueError, match=r"missing: .*head\.bias"):
-        load_official(classifier, backbone.state_dict())
-
-
-TABLE = "layer_2.blocks.1.attention_biases"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        pytest.param(
-            lambda s: s.update({TABLE: torch.ones(2, 23)}),
-            rf"{TABLE} \(checkpoint \[2, 23\], model \[2, 24\]\)$",
-            id="table-not-square",
-        ),
-        pytest.param(
-            lambda s: s.update({TABLE: torch.ones(5, 16)}),
-            rf"{TABLE} \(checkpoint \[5, 24\], model \[2, 24\]\)",
-            id="table-heads",
-        ),
-        pytest.param(
-            lambda s: s.update({TABLE: torch.ones(3)}), rf"{TABLE} \(checkpoint \[3\]", id="rank"
-        ),
-        pytest.param(lambda s: s.pop(TABLE), f"missing: {TABLE}$", id="missing"),
-        pytest.param(
-            lambda s: s.update({"layer_2.blocks.1.s_token_bias": torch.ones(3)}),
-            r"s_token_bias \(checkpoint \[3\], model \[1, 2, 1, 2\]\)$",
-            id="digest-bias-rank",
-        ),
-    ],
-)
-def test_misfits_are_named_and_change_nothing(change, message):
-    model = small_cabvit()
-    changed, before = dict(model.state_dict()), copy.deepcopy(model.state_dict())
-    change(changed)
-    with pytest.raises(ValueError, match=message):
-        load_official(model, changed)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
-
-
 # ---- Training -----------------------------------------------------------------------------------
 
 
-@families
+@cabvits
 def test_a_training_step_reduces_the_loss(small):
     model = small(attn_drop=0.05, drop_path=0.05)
     x, y = torch.randn(8, *X[1:]), torch.arange(8) % 5
@@ -404,7 +279,7 @@ def test_a_training_step_reduces_the_loss(small):
 
 @backends
 @kinds
-@families
+@cabvits
 def test_checkpointing_gives_the_same_gradients_and_statistics(small, features_only, backend):
     options = {"attn_drop": 0.2, "drop_path": 0.2, "features_only": features_only}
     x, results, states = torch.randn(X), [], []
@@ -422,7 +297,7 @@ def test_checkpointing_gives_the_same_gradients_and_statistics(small, features_o
             torch.testing.assert_close(first[key], second[key], msg=key)
 
 
-@families
+@cabvits
 @pytest.mark.parametrize("options", [{"attn_drop": 0.5}, {"drop_path": 0.6}], ids=str)
 def test_dropout_follows_the_seed(small, options):
     model = small(**{"drop_path": 0.0, **options})
@@ -439,44 +314,12 @@ def test_dropout_follows_the_seed(small, options):
     assert torch.equal(run(1), run(2))
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_conv_norm_is_a_convolution_and_a_batch_norm(kernel, dtype):
-    layer = ConvNorm(6, 6, kernel, 2 if kernel == 3 else 1, 6 if kernel == 3 else 1).to(dtype)
-    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
-    for _ in range(2):
-        x = torch.randn(4, 5, 7, 6).to(dtype).requires_grad_()
-        twin = copy.deepcopy(layer)
-        ours = layer(x)
-        plain = twin.bn(twin.c(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        torch.testing.assert_close(ours, plain, **tolerance)
-        torch.testing.assert_close(layer.bn.running_var, twin.bn.running_var)
-        grad = torch.randn_like(plain)
-        grads = [
-            torch.autograd.grad(y, [x, *m.parameters()], grad)
-            for y, m in ((ours, layer), (plain, twin))
-        ]
-        torch.testing.assert_close(*grads, **tolerance)
-        layer.eval()  # once more with the statistics of the first batch
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 7)])
-def test_weight_gradients_of_the_strided_convolution_are_right_in_bfloat16(size):
-    """torch's own padding leaves parts of them uninitialised on small maps."""
-    layer = ConvNorm(64, 64, 3, 2, 64).bfloat16()
-    x, grads = torch.randn(8, *size, 64).bfloat16(), []
-    for module, pixels in ((layer, x), (copy.deepcopy(layer).double(), x.double())):
-        y = module._convolved(pixels, module.c.weight, None)
-        grads.append(torch.autograd.grad(y, module.c.weight, torch.ones_like(y))[0])
-    torch.testing.assert_close(grads[0].double(), grads[1], rtol=0.02, atol=0.1)
-
-
 # ---- Backends and the rest of PyTorch -----------------------------------------------------------
 
 
 @native
 @kinds
-@families
+@cabvits
 @pytest.mark.parametrize("options", [{}, {"attn_drop": 0.2, "drop_path": 0.2}], ids=["", "dropout"])
 def test_backends_agree(small, features_only, options):
     models = [small(features_only=features_only, backend=b, **options) for b in BACKENDS]
@@ -491,7 +334,7 @@ def test_backends_agree(small, features_only, options):
 
 @backends
 @kinds
-@families
+@cabvits
 def test_autocast_and_bfloat16(small, features_only, backend):
     model, x = small(features_only=features_only, backend=backend).eval(), torch.randn(X)
     exact = outputs(model, x)
@@ -511,6 +354,7 @@ def test_autocast_and_bfloat16(small, features_only, backend):
     [
         pytest.param(lambda **o: small_cabvit(**o), id="hybrid"),
         pytest.param(lambda **o: small_cabvit(**o).eval(), id="hybrid-eval"),
+        pytest.param(lambda **o: small_cabvit(checkpoint=True, **o), id="checkpoint"),
         pytest.param(lambda **o: small_plain_cabvit(**o), id="plain"),
         pytest.param(lambda **o: small_cabvit(attention="window", **ALONE, **o), id="window"),
         pytest.param(lambda **o: small_cabvit(tme=False, embed="patch", **o), id="no-tme"),
@@ -518,16 +362,18 @@ def test_autocast_and_bfloat16(small, features_only, backend):
 )
 def test_the_model_compiles_in_one_graph(make, backend, fresh_compiler):
     model = make(backend=backend, drop_path=0.0)
+    twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(X, requires_grad=True)
     ours = torch.autograd.grad(compiled(x).square().sum(), [x, *model.parameters()])
-    plain = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-    for a, b in zip(ours, plain, strict=True):
+    plain = torch.autograd.grad(twin(x).square().sum(), [x, *twin.parameters()])
+    pairs = zip((*ours, *model.buffers()), (*plain, *twin.buffers()), strict=True)
+    for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @kinds
-@families
+@cabvits
 def test_export(small, features_only):
     model, x = small(features_only=features_only).eval(), torch.randn(X)
     exported = torch.export.export(model, (x,)).module()(x)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_ops.benchmarks.baselines.digest import offset_index
-from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock, ConvNorm, Grid
+from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock, Grid
+from xattn_ops.models.cabvit_convs import ConvNorm
 
 
 class PlainConvNorm(ConvNorm):
