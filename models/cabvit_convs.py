@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xattn_ops._batch_norm import BatchNorm2d
 from xattn_ops._linear import linear
 from xattn_ops.digest.merge_module import fold
 from xattn_ops.models.layers import norm_layer, pad_to_multiple
@@ -23,7 +24,7 @@ class ConvNorm(nn.Module):
     def __init__(self, channels: int, dim: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__()
         self.c = nn.Conv2d(channels, dim, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(dim)
+        self.bn = BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.bn.training:

@@ -20,7 +20,8 @@ class PlainConvNorm(ConvNorm):
     """Convolution, then BatchNorm; takes over a module that `plain_copy` made."""
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Let BatchNorm be torch's own."""
+        self.bn.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.c(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
