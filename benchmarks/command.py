@@ -55,9 +55,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    """Every case to run, operators first, then blocks, then models.
+    """Every case to run, operators first, then blocks, then models, then timm's.
 
-    Blocks and models alone where they are asked for and no operator is.
+    Blocks, models and timm's alone where they are asked for and no operator is.
     """
     for name in args.operators:
         if name not in cases.OPERATORS:
@@ -65,19 +65,23 @@ def _plan(args: argparse.Namespace) -> Plan:
     for name in ("batch", "threads", "budget"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
-    only_whole = (args.blocks or args.models is not None) and not args.operators
+    whole = args.blocks or args.models is not None or args.timm is not None
+    only_whole = whole and not args.operators
     names = list(dict.fromkeys(args.operators or cases.OPERATORS))
     staged = [] if only_whole else [case for name in names for case in cases.OPERATORS[name]]
     if args.blocks:
-        staged += dict.fromkeys(cases.BLOCKS[name] for name in names)
+        staged += dict.fromkeys(cases.BLOCKS[name] for name in names if name in cases.BLOCKS)
     models = args.models
     if models == []:
         models = dict.fromkeys(model for name in names for model in cases.MODELS[name])
     for name in models or ():
         cases.check_model(name)
+    timms = list(cases.TIMM) if args.timm == [] else args.timm or []
+    for name in timms:
+        cases.check_timm(name)
     return [
         (name, stage, dtype, direction)
-        for name in (*staged, *(models or ()))
+        for name in (*staged, *(models or ()), *(f"timm/{name}" for name in timms))
         for dtype in args.dtype
         for direction in args.direction
         for stage in _stages(args.stages, name)
@@ -154,7 +158,7 @@ def _roof(roofline: Roofline) -> str:
     return (
         f"roof: the larger of arithmetic at the best linear's rate ({peaks}) and traffic at the "
         f"rate of a copy of that size ({speeds}), over the time. GFLOP/s counts the paper's "
-        "algorithm, a training step as three forwards."
+        "algorithm (of clsattn the absorbed form), a training step as three forwards."
     )
 
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "operators",
         nargs="*",
         metavar="OPERATOR",
-        help="ipsa, cpsa, convrel, convpos, digest (all)",
+        help="ipsa, cpsa, convrel, convpos, digest, clsattn (all)",
     )
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], metavar="DTYPE")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=8)
     add("--blocks", action="store_true", help="whole blocks of CAT, CoaT and CabViT too")
     add("--models", nargs="*", metavar="NAME", help="whole models too (the operators')")
+    add("--timm", nargs="*", metavar="NAME", help="timm's models before and after patch (three)")
     add("--threads", type=int, help="intra-op threads (torch's own choice)")
     add("--budget", type=float, help="seconds of timing a case (2; 0.2 with --quick)")
     add(

@@ -157,15 +157,21 @@ def memory_table(peaks: Sequence[Peak]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The ratios to the best baseline as README shows them: one line an operator and dtype."""
+    """The ratios to the best baseline as README shows them: one line an operator and dtype.
+
+    A line more for each baseline that is reported apart.
+    """
     passes = list(dict.fromkeys(row.direction for row in rows))
     cells: dict[str, dict[str, list[str]]] = {}
     shapes: dict[str, list[str]] = {}
     for row in rows:
         name = f"{row.operator} {row.dtype}" + (f", {row.variant}" * (row.variant != "fused"))
-        ratio = row.refused.split(":")[0] if row.best_ratio is None else f"{row.best_ratio:.1f}"
-        cells.setdefault(name, {}).setdefault(row.direction, []).append(ratio)
-        shapes.setdefault(name, []).append(row.shape)
+        found = {name: row.best_ratio}
+        found |= {f"{name}, over {other}": row.ratios.get(other) for other in row.apart}
+        for line, ratio in found.items():
+            cell = (row.refused or "busy").split(":")[0] if ratio is None else f"{ratio:.1f}"
+            cells.setdefault(line, {}).setdefault(row.direction, []).append(cell)
+            shapes.setdefault(line, []).append(row.shape)
     lines = ["| | shapes | " + " | ".join(passes) + " |", "|---" * (2 + len(passes)) + "|"]
     for name, by_pass in cells.items():
         ratios = [" / ".join(by_pass.get(one, ["-"])) for one in passes]
@@ -224,6 +230,7 @@ COLOURS = {
     "sdpa + compile": "#46525f",
     "nhwc + compile": "#46525f",
     "flex": "#d8b365",
+    "absorbed": "#c9a0a0",
 }
 
 

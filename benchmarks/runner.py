@@ -50,6 +50,7 @@ class Row:
     best: str = ""
     best_ratio: float | None = None
     refused: str = ""
+    apart: tuple[str, ...] = ()  # baselines that do not count for the best
 
     def to_dict(self) -> dict[str, Any]:
         timings = {name: timing.to_dict() for name, timing in self.baselines.items()}
@@ -174,6 +175,7 @@ def _row(case: Case, variant: str, check: Check) -> Row:
         direction=case.direction,
         variant=variant,
         check=check,
+        apart=case.apart,
     )
     if not check.passed:
         row.refused = (
@@ -200,7 +202,8 @@ def _judge(row: Row, settings: Settings) -> None:
     """Ratios to the baselines, unless the machine was too busy to say."""
     assert row.timing is not None
     limits = settings.max_spread, settings.max_waited
-    if not row.baselines:
+    usual = {name: timing for name, timing in row.baselines.items() if name not in row.apart}
+    if not usual:
         row.refused = "no baseline ran"
         return
     row.refused = row.timing.busy(row.variant, *limits)
@@ -209,10 +212,10 @@ def _judge(row: Row, settings: Settings) -> None:
     for name, timing in row.baselines.items():
         if not timing.busy(name, *limits):
             row.ratios[name] = timing.median / row.timing.median
-    best = min(row.baselines, key=lambda name: row.baselines[name].median)
-    for name, timing in row.baselines.items():
+    best = min(usual, key=lambda name: usual[name].median)
+    for name, timing in usual.items():
         # a restless one might have been the best on a calm machine
-        if timing.fastest <= row.baselines[best].median and name not in row.ratios:
+        if timing.fastest <= usual[best].median and name not in row.ratios:
             row.refused = timing.busy(name, *limits)
             return
     row.best, row.best_ratio = best, row.ratios[best]

@@ -154,6 +154,11 @@ class CabViT(nn.Module):
                 x = stage.downsample(x)
         return maps
 
+    @property
+    def cab_stages(self) -> dict[int, list[CaBlock]]:
+        """The CabViT blocks of each stage that has any, by its number."""
+        return {stage: blocks for stage in (3, 4) if (blocks := self.cab_blocks(stage))}
+
     def cab_blocks(self, stage: int) -> list[CaBlock]:
         """The CabViT blocks of a stage, of which 1 and 2 have none."""
         if not 1 <= stage <= 4:
@@ -262,6 +267,11 @@ class PlainCabViT(nn.Module):
         if self.pos_embed is not None:
             x = x + resize_token_positions(self.pos_embed, 1, self.grid, grid)
         return run_blocks(self.blocks, x, grid, recompute=self.checkpoint and self.training), grid
+
+    @property
+    def cab_stages(self) -> dict[int, list[CaBlock]]:
+        """All blocks, as those of stage 1."""
+        return {1: self.cab_blocks(1)}
 
     def cab_blocks(self, stage: int) -> list[CaBlock]:
         """All blocks, as those of stage 1."""

@@ -19,12 +19,14 @@ class LoadReport(NamedTuple):
 
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
-    """Copy an official checkpoint's weights into `model`.
+    """Copy an official checkpoint's weights, or timm's of CoaT or CrossViT, into `model`.
 
     Args:
         model: from `create_model`.
-        state_dict: the official state dict, or a checkpoint that holds it under "state_dict" or
-            "model"; a "module." prefix is dropped. Position embeddings are reshaped between the
+        state_dict: the official or timm's state dict, or a checkpoint that holds it under
+            "state_dict" or "model"; a "module." prefix is dropped. timm's CrossViT names its
+            position embeddings and CLS tokens otherwise, and its CoaT lacks norms that no head
+            reads; either is recognised by its keys. Position embeddings are reshaped between the
             classifier's and the backbone's layout and resized bicubically to the model's image
             size. Index buffers are compared with the model's rule and dropped. A tensor that the
             model shares between several keys may stand under any of them. A classifier's
@@ -32,7 +34,7 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
 
     Returns:
         Which keys were ignored and which of the model's kept their values; both are empty where
-        checkpoint and model are of one kind.
+        checkpoint and model are of one kind. From timm's CoaT the norms that it lacks are kept.
 
     Raises:
         TypeError: where the checkpoint holds no tensors.

@@ -6,6 +6,7 @@ Two branches, small (0) and large (1), each on the image in its own size and pat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from xattn_ops.models.registry import register
 # Patches of 12 pixels see the image enlarged by 15/14, patches of other sizes as it is. In whole
 # patches these are 240 pixels for 224, 408 for 384 and 504 for 480 (table 4).
 ENLARGE = {12: (15, 14)}
+_TIMM = re.compile(r"^(pos_embed|cls_token)_(\d+)$")
 
 
 class CrossViT(nn.Module):
@@ -121,15 +123,20 @@ class CrossViT(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """image [B, 3, H, W] -> logits [B, num_classes], or both branches' maps [B, C, h, w]."""
-        xs, grids = self.tokens(image)
         if self.features_only:
-            normed = [norm(x)[:, self.prefix :] for norm, x in zip(self.norm, xs, strict=True)]
-            return [x.mT.unflatten(2, grid) for x, grid in zip(normed, grids, strict=True)]
+            return self.maps(image)
+        xs, _ = self.tokens(image)
         small, large = (
             head(norm(x[:, 0]) if self.prefix else norm(x).mean(1))
             for head, norm, x in zip(self.head, self.norm, xs, strict=True)
         )
         return (small + large) / 2 if self.has_head else torch.cat([small, large], 1)
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W] -> both branches' normalised patches at the end, [B, C, h, w]."""
+        xs, grids = self.tokens(image)
+        normed = [norm(x)[:, self.prefix :] for norm, x in zip(self.norm, xs, strict=True)]
+        return [x.mT.unflatten(2, grid) for x, grid in zip(normed, grids, strict=True)]
 
     def tokens(self, image: Tensor) -> tuple[list[Tensor], list[Grid]]:
         """image [B, 3, H, W] -> each branch's tokens [B, P + h w, C] at the end, and (h, w)."""
@@ -170,8 +177,11 @@ class CrossViT(nn.Module):
         return [f if isinstance(f, CrossAttentionBlock) else f[-1] for f in found.fusion]  # type: ignore[index]
 
     def adapt_official(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """An official state in this model's layout, and the prefixes of keys it need not fit."""
-        state = dict(state)
+        """A state in this model's layout, and the prefixes of keys it need not fit.
+
+        timm's has pos_embed_0 where the official has pos_embed.0, and cls_token likewise.
+        """
+        state = {_TIMM.sub(r"\1.\2", key): tensor for key, tensor in state.items()}
         for b in BRANCHES:
             key = f"pos_embed.{b}"
             side = token_side(state[key], self.prefix) if key in state else 0

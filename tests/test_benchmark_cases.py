@@ -9,6 +9,7 @@ from support.models import small_cabvit
 from torch.utils.flop_counter import FlopCounterMode
 
 from xattn_ops import (
+    ClsCrossAttention,
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
@@ -17,6 +18,7 @@ from xattn_ops import (
 )
 from xattn_ops.benchmarks import baselines, cases
 from xattn_ops.benchmarks.cases import FORWARD, OnGrid
+from xattn_ops.clsattn import cls_cross_attention_reference
 from xattn_ops.convrel import (
     conv_position_encoding_reference,
     conv_relative_attention_reference,
@@ -181,11 +183,33 @@ def test_a_plain_copy_of_coats_modules_computes_the_same():
     assert [type(m.module) for m in model] == [ConvPositionEncoding, ConvRelativeAttention]
 
 
-@pytest.mark.parametrize("name", ["cat_tiny", "coat_tiny"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize(
+    "formulation", [baselines.cls_eager, baselines.cls_sdpa, baselines.cls_absorbed]
+)
+def test_plain_cls_attention_is_the_reference(formulation, norm):
+    shapes = [(2, 1, 12), (2, 7, 12), *[(12, 12), (12,)] * 3, *[(12,)] * 2 * norm]
+    operands = [torch.randn(shape).double() for shape in shapes]
+    options = {"norm_weight": operands[8], "norm_bias": operands[9]} if norm else {}
+    expected = cls_cross_attention_reference(*operands[:8], num_heads=3, **options)
+    torch.testing.assert_close(formulation(3)(*operands), expected)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(12, 1e-6).double(), None])
+def test_a_plain_copy_of_crossvits_module_computes_the_same(norm):
+    module = ClsCrossAttention(12, 3).double()
+    plain = baselines.plain_copy(module)
+    x = torch.randn(2, 1, 12).double(), torch.randn(2, 7, 12).double()
+    torch.testing.assert_close(plain(*x, norm), module(*x, norm))
+    assert (type(plain), type(module)) == (baselines.PlainClsCross, ClsCrossAttention)
+
+
+@pytest.mark.parametrize("name", ["cat_tiny", "coat_tiny", "crossvit_9"])
 def test_a_plain_copy_of_a_model_holds_no_fused_operator_and_shares_what_the_model_shares(name):
     model = create_model(name)
     plain = baselines.plain_copy(model)
     fused = {InnerPatchAttention, CrossPatchAttention, ConvRelativeAttention, ConvPositionEncoding}
+    fused |= {ClsCrossAttention}
     assert fused & {type(m) for m in model.modules()}
     assert not fused & {type(m) for m in plain.modules()}
     names = [name for name, _ in model.named_parameters()]
@@ -205,6 +229,7 @@ def test_a_plain_copy_of_a_model_holds_no_fused_operator_and_shares_what_the_mod
         pytest.param("convrel_module", 32, id="convrel-module"),
         pytest.param("convpos", 32, id="convpos"),
         pytest.param("digest", 30, id="digest"),
+        pytest.param("clsattn", 12, id="clsattn"),
     ],
 )
 def test_a_case_knows_its_tokens(operator, tokens):
@@ -217,6 +242,22 @@ def test_the_work_of_a_case_is_what_the_counter_counts_of_the_plain_formulation(
     with FlopCounterMode(display=False) as counter:
         case.plain["eager"].forward()
     assert case.macs == counter.get_total_flops() // 2
+
+
+def test_the_work_of_cls_attention_is_the_absorbed_forms():
+    case = tiny("clsattn")
+    with FlopCounterMode(display=False) as counter:
+        case.plain["absorbed"].forward()
+    assert case.macs == counter.get_total_flops() // 2
+    with FlopCounterMode(display=False) as counter:
+        case.plain["eager"].forward()
+    assert case.macs < counter.get_total_flops() // 2
+
+
+def test_cls_attention_is_timed_at_the_branches_of_crossvit_15():
+    shapes = cases.SHAPES["clsattn"]
+    assert [(s.patches, s.channels, s.heads) for s in shapes] == [(400, 192, 6), (196, 384, 6)]
+    assert tiny("clsattn").apart == ("absorbed",)
 
 
 def test_conv_relative_attention_is_timed_at_the_shapes_of_the_models_and_of_a_detector():
@@ -238,7 +279,7 @@ def test_a_shape_may_have_fewer_images_than_asked_for():
 def test_every_case_of_the_command_can_be_built():
     names = {name for group in cases.OPERATORS.values() for name in group}
     assert names | set(cases.BLOCKS.values()) == cases.BUILDERS.keys() == cases.SHAPES.keys()
-    assert cases.OPERATORS.keys() == cases.BLOCKS.keys() == cases.MODELS.keys()
+    assert cases.OPERATORS.keys() == cases.MODELS.keys() >= cases.BLOCKS.keys()
     for models in cases.MODELS.values():
         for name in models:
             cases.check_model(name)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import backends, on_meta, small_coat
+from support.cases import backends
+from support.models import on_meta, small_coat
 from torch import Tensor, nn
 
 from xattn_ops import flops

@@ -1,4 +1,4 @@
-"""The command line: ``python -m xattn_ops info | demo | bench``."""
+"""The command line: ``python -m xattn_ops info | demo | bench | kernels``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from xattn_ops._version import __version__
 from xattn_ops.benchmarks.options import add_arguments as add_bench_arguments
+from xattn_ops.kernel_report import ARCHITECTURES
+from xattn_ops.kernel_report import DTYPES as KERNEL_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="a photo through a model: accuracy, speed, pictures")
     demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="a photo (a sample)")
-    demo.add_argument("--model", default="cat_tiny", help="a CAT, CoaT or CabViT (cat_tiny)")
+    demo.add_argument("--model", default="cat_tiny", help="of any family (cat_tiny)")
     demo.add_argument("--weights", type=Path, metavar="FILE", help="official checkpoint (random)")
     demo.add_argument("--block", type=int, metavar="N", help="whose CLS or digest map to draw")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="pictures")
@@ -56,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="the operators against plain PyTorch")
     add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
+
+    kernels = commands.add_parser("kernels", help="registers, spills, loads of the Triton kernels")
+    kernels.add_argument("operators", nargs="*", metavar="OPERATOR", help="ipsa (all)")
+    kernels.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    kernels.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(KERNEL_DTYPES))
+    kernels.add_argument("--json", action="store_true", help="JSON in place of a table")
+    kernels.set_defaults(run=_kernels)
     return top
 
 
@@ -76,6 +85,12 @@ def _bench(args: argparse.Namespace) -> int:
     from xattn_ops.benchmarks.command import main as bench
 
     return bench(args, _console())
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from xattn_ops.kernel_report import command
+
+    return command(args.operators, args.arch, args.dtype, args.json, _console())
 
 
 def _console() -> Console:

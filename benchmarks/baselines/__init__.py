@@ -17,7 +17,7 @@ from xattn_ops.benchmarks.baselines.cabvit import (
     PlainConvNeXtBlock,
     PlainConvNorm,
 )
-from xattn_ops.benchmarks.baselines.clsattn import cls_absorbed, cls_eager, cls_sdpa
+from xattn_ops.benchmarks.baselines.clsattn import CLS_EPS, cls_absorbed, cls_eager, cls_sdpa
 from xattn_ops.benchmarks.baselines.convpos import convpos_eager, convpos_nhwc
 from xattn_ops.benchmarks.baselines.convrel import convrel_eager, convrel_nhwc
 from xattn_ops.benchmarks.baselines.cpsa import attend_eager, attend_sdpa, cpsa
@@ -38,6 +38,7 @@ from xattn_ops.benchmarks.baselines.ipsa import (
     sdpa_core,
 )
 from xattn_ops.benchmarks.baselines.modules import (
+    PlainClsCross,
     PlainConvPosition,
     PlainConvRelative,
     PlainCrossPatch,
@@ -51,9 +52,11 @@ from xattn_ops.benchmarks.baselines.modules import (
 from xattn_ops.benchmarks.baselines.plain import Plain, compiled
 
 __all__ = [
+    "CLS_EPS",
     "Core",
     "Plain",
     "PlainCaBlock",
+    "PlainClsCross",
     "PlainConvNeXtBlock",
     "PlainConvNorm",
     "PlainConvPosition",

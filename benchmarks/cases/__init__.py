@@ -8,6 +8,8 @@ case                what a case is
 ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
 digest              CabViT's
+clsattn             CrossViT's
+patched             timm's models before and after our patch
 whole               blocks and models
 """
 
@@ -19,18 +21,22 @@ from typing import Any
 import torch
 
 from xattn_ops.benchmarks.cases.case import FORWARD, STEP, Case, Variant
+from xattn_ops.benchmarks.cases.clsattn import clsattn_case
 from xattn_ops.benchmarks.cases.convpos import convpos_case
 from xattn_ops.benchmarks.cases.convrel import convrel_case, convrel_module_case
 from xattn_ops.benchmarks.cases.cpsa import cpsa_case
 from xattn_ops.benchmarks.cases.digest import digest_case
 from xattn_ops.benchmarks.cases.ipsa import ipsa_case, ipsa_module_case
+from xattn_ops.benchmarks.cases.patched import check_timm, is_timm, timm_case
 from xattn_ops.benchmarks.cases.shapes import (
     CABVIT,
     CAT_SMALL,
     COAT,
     COAT_SMALL_SCALES,
+    CROSSVIT_15,
     Grid,
     Stage,
+    Tokens,
     WithDigests,
 )
 from xattn_ops.benchmarks.cases.whole import (
@@ -50,14 +56,17 @@ __all__ = [
     "OPERATORS",
     "SHAPES",
     "STEP",
+    "TIMM",
     "Case",
     "Grid",
     "OnGrid",
     "Stage",
+    "Tokens",
     "Variant",
     "WithDigests",
     "build",
     "check_model",
+    "check_timm",
     "model_case",
 ]
 
@@ -72,6 +81,7 @@ BUILDERS: dict[str, Callable[[Any, int, torch.dtype, str], Case]] = {
     "coat_block": coat_block_case,
     "digest": digest_case,
     "cabvit_block": cabvit_block_case,
+    "clsattn": clsattn_case,
 }
 SHAPES: dict[str, tuple[Any, ...]] = {
     "ipsa": CAT_SMALL,
@@ -84,6 +94,7 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "coat_block": COAT_SMALL_SCALES,
     "digest": CABVIT,
     "cabvit_block": CABVIT,
+    "clsattn": CROSSVIT_15,
 }
 # argument of the command -> the cases, blocks and models that go with it
 OPERATORS = {
@@ -92,6 +103,7 @@ OPERATORS = {
     "convrel": ("convrel", "convrel_module"),
     "convpos": ("convpos",),
     "digest": ("digest",),
+    "clsattn": ("clsattn",),
 }
 BLOCKS = {
     "ipsa": "cab",
@@ -107,14 +119,18 @@ MODELS = {
     "convrel": _OF_COAT,
     "convpos": _OF_COAT,
     "digest": ("cabvit_h_l2",),
+    "clsattn": ("crossvit_15",),
 }
+TIMM = ("swin_tiny_patch4_window7_224", "coat_lite_small", "crossvit_15_240")
 
 
 def build(operator: str, stage: int, batch: int, dtype: torch.dtype, direction: str) -> Case:
-    """The case of one of the operator's `SHAPES`, or of a model, which has none.
+    """The case of one of the operator's `SHAPES`, or of a model or "timm/<model>", without any.
 
     A shape may have fewer images than `batch`.
     """
     if operator in BUILDERS:
         return BUILDERS[operator](SHAPES[operator][stage], batch, dtype, direction)
+    if is_timm(operator):
+        return timm_case(operator, batch, dtype, direction)
     return model_case(operator, batch, dtype, direction)

@@ -57,6 +57,7 @@ class Case:
     macs: int  # of the paper's algorithm, forward, whole batch
     dense_bytes: int  # what an attention matrix of all units would take; 0 where it makes no sense
     tokens: int  # of one image; 0 where it makes no sense
+    apart: tuple[str, ...] = ()  # plain ones that nobody writes, reported beside the best of others
 
     @property
     def name(self) -> str:

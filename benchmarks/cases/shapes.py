@@ -63,6 +63,20 @@ class Grid:
         return f"{self.height}x{self.width} {self.heads}x{self.head_dim}{one}"
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What the CLS token of one branch of CrossViT attends to: the other branch's patches."""
+
+    patches: int
+    channels: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.patches}x{self.channels}"
+
+
+CROSSVIT_15 = (Tokens(400, 192, 6), Tokens(196, 384, 6))
+
 COAT = (
     Grid(56, 56, 8),  # the four scales of CoaT-Lite mini and small
     Grid(28, 28, 16),

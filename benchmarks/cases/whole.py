@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -126,8 +127,17 @@ def check_model(name: str) -> None:
 def _module_case(operator: str, shape: str, module: nn.Module, x: Tensor, direction: str) -> Case:
     """Ours as it is and compiled, against the official formulation as it is and compiled."""
     module.to(x.dtype).train(direction == STEP)
-    plain = baselines.plain_copy(module)
-    exact = baselines.plain_copy(module).double()
+    return compare_modules(operator, shape, module, baselines.plain_copy(module), x, direction)
+
+
+def compare_modules(
+    operator: str, shape: str, module: nn.Module, plain: nn.Module, x: Tensor, direction: str
+) -> Case:
+    """Ours as it is and compiled, against another as it is and compiled.
+
+    Both have x's dtype, the same parameters, and are in the mode for the direction.
+    """
+    exact = copy.deepcopy(plain).double()
 
     def variant(module: nn.Module, x: Tensor) -> Variant:
         named = sorted(module.named_parameters())

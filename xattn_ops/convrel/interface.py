@@ -12,6 +12,7 @@ from .. import _checks
 from .._backend import choose, serve
 from .._registration import (
     apply,
+    asked_for,
     autocast,
     backward_once,
     missing,
@@ -149,8 +150,7 @@ class _ConvRelativeAttention(torch.autograd.Function):
             return (None,) * 4
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
         grads = backward_once(torch.ops.xattn_ops.convrel_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None)
+        return asked_for(ctx, grads)
 
 
 class _ConvPositionEncoding(torch.autograd.Function):
@@ -173,8 +173,7 @@ class _ConvPositionEncoding(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
         grads = backward_once(torch.ops.xattn_ops.convpos_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None)
+        return asked_for(ctx, grads)
 
 
 def _flat(qkv: Tensor, groups: Sequence[Any]) -> Tensor:

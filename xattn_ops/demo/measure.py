@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xattn_ops import (
+    ClsCrossAttention,
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
@@ -28,6 +30,7 @@ Operator = (
     | CrossPatchAttention
     | ConvRelativeAttention
     | ConvPositionEncoding
+    | ClsCrossAttention
     | DigestAttention
 )
 OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are shown
@@ -35,6 +38,7 @@ OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are show
     CrossPatchAttention: "cpsa",
     ConvRelativeAttention: "convrel",
     ConvPositionEncoding: "convpos",
+    ClsCrossAttention: "clsattn",
     DigestAttention: "digest",
 }
 
@@ -43,15 +47,20 @@ OPERATORS: dict[type[nn.Module], str] = {  # in the order in which they are show
 class Captured:
     """One operator's module in a model, and what entered it.
 
-    x: a map [1, H, W, C], or the tokens [1, N, C] of an image of `grid` (H, W).
+    inputs: a map [1, H, W, C]; or the tokens [1, N, C] of an image of `grid` (H, W), and `grid`; or
+        a CLS token, the patches [1, N, C] of an image of `grid` and the LayerNorm over both.
     """
 
     operator: str
     stage: int
     module: Operator
-    x: Tensor
+    inputs: tuple[Any, ...]
     grid: tuple[int, int]
-    digests: Tensor | None = None  # [1, M, C], of digest attention
+
+    @property
+    def x(self) -> Tensor:
+        """The map, the tokens or the patches."""
+        return self.inputs[1 if isinstance(self.module, ClsCrossAttention) else 0]
 
     @property
     def shape(self) -> str:
@@ -64,12 +73,17 @@ class Captured:
         module = self.module
         return module.window if isinstance(module, InnerPatchAttention) else module.patch
 
-    def arguments(self, x: Tensor) -> tuple[Any, ...]:
-        """What the module takes for this x."""
-        if isinstance(self.module, DigestAttention):
-            few = self.digests
-            return (x, None if few is None else few.to(x.dtype).expand(len(x), -1, -1))
-        return (x,) if x.dim() == 4 else (x, self.grid)
+    def arguments(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+        """The inputs in another dtype, and `batch` times."""
+
+        def one(value: Any) -> Any:
+            if isinstance(value, nn.Module):
+                return copy.deepcopy(value).to(dtype)
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(dtype).expand(batch, *value.shape[1:]).contiguous()
+
+        return tuple(map(one, self.inputs))
 
     def weights(self) -> Tensor:
         """The attention weights of a CAT module on x: see `attention`."""
@@ -99,38 +113,31 @@ class Measured:
         return f"{self.eager.median / self.fused.median:.1f}x"
 
 
-class OfOne(nn.Module):
-    """A module as a function of its first argument alone."""
-
-    def __init__(self, module: nn.Module, *rest: Any) -> None:
-        super().__init__()
-        self.module = module
-        self.rest = rest
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x, *self.rest)
-
-
 @torch.no_grad()
-def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], Any]:
-    """Run the model once; returns one of each operator in every stage, and its output.
+def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], object]:
+    """Run the model once; returns the first of each operator in every stage, and its output.
 
-    It is the first, but of digest attention, which then has no digests, the last. A stage is one
-    of the feature maps that the model gives, counted from 1.
+    A stage is a new feature-map size, counted from 1. Of digest attention it is the last, for the
+    first has no digests, and the stage is the model's.
     """
-    found: dict[tuple[str, tuple[int, int]], Captured] = {}
+    found: dict[tuple[str, int], Captured] = {}
+    sizes: dict[tuple[int, int], int] = {}
+    cabs: dict[int, list[CaBlock]] = getattr(model, "cab_stages", {})
+    stages = {block: stage for stage, blocks in cabs.items() for block in blocks}
 
     def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(module, Operator)
-        x = inputs[0].detach()
-        grid = (x.shape[1], x.shape[2]) if x.dim() == 4 else inputs[1]
         if isinstance(module, CaBlock):
-            alone = attention_of(module, grid, inputs[2])
-            one = Captured("digest", 0, alone, module.norm1(x), grid, inputs[2])
-            found[one.operator, grid] = one
+            x, grid, digests = inputs
+            alone, stage = attention_of(module, grid, digests), stages[module]
+            inputs = (module.norm1(x), digests)
+            found["digest", stage] = Captured("digest", stage, alone, inputs, grid)
             return
-        one = Captured(OPERATORS[type(module)], 0, module, x.clone(), grid)
-        found.setdefault((one.operator, grid), one)
+        grid = _grid(module, inputs)
+        operator, stage = OPERATORS[type(module)], sizes.setdefault(grid, len(sizes) + 1)
+        if (operator, stage) not in found:
+            kept = tuple(v.clone() if isinstance(v, Tensor) else v for v in inputs)
+            found[operator, stage] = Captured(operator, stage, module, kept, grid)
 
     hooks = [
         module.register_forward_pre_hook(remember)
@@ -142,10 +149,9 @@ def capture(model: nn.Module, image: Tensor) -> tuple[list[Captured], Any]:
     finally:
         for handle in hooks:
             handle.remove()
-    stages = {tuple(y.shape[2:]): stage for stage, y in enumerate(output, start=1)}
     order = list(OPERATORS.values())
-    staged = [replace(one, stage=stages[grid]) for (_, grid), one in found.items()]
-    return sorted(staged, key=lambda one: (order.index(one.operator), one.stage)), output
+    shown = sorted(found, key=lambda key: (order.index(key[0]), key[1]))
+    return [found[key] for key in shown], output
 
 
 def attention_of(block: CaBlock, grid: tuple[int, int], digests: Tensor | None) -> DigestAttention:
@@ -169,18 +175,35 @@ def attention_of(block: CaBlock, grid: tuple[int, int], digests: Tensor | None) 
     return module.eval()
 
 
+def _grid(module: Operator, inputs: tuple[Any, ...]) -> tuple[int, int]:
+    """Rows and columns of the map that a module is called on; the photo is square."""
+    if isinstance(module, ClsCrossAttention):
+        side = math.isqrt(inputs[1].shape[1])
+        return side, side
+    return inputs[0].shape[1:3] if inputs[0].dim() == 4 else inputs[1]
+
+
+class _Called(nn.Module):
+    """A module with its inputs given, whatever comes: for the counter, which passes one tensor."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.module, self.inputs = module, inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(*self.inputs)
+
+
 @torch.no_grad()
 def measure(captured: Captured, batch: int, budget: float) -> Measured:
     """Compare one module with its reference formulation, in float64 and in eager float32.
 
     Eager is what a user would have: the equation and F.linear.
     """
-    module, x = captured.module, captured.x
+    module = captured.module
     eager = reference_of(module)
-    exact = reference_of(module).double()(*captured.arguments(x.double()))
-    one = captured.arguments(x)
-    counted = OfOne(module, *one[1:])
-    several = captured.arguments(x.expand(batch, *x.shape[1:]).contiguous())
+    exact = reference_of(module).double()(*captured.arguments(dtype=torch.float64))
+    one, several = captured.arguments(), captured.arguments(batch)
 
     def run_eager(*arguments: Any) -> Tensor:
         with plain_linears():
@@ -195,22 +218,24 @@ def measure(captured: Captured, batch: int, budget: float) -> Measured:
         check=compare([fused_out], [eager_out], [exact]),
         magnitude=exact.abs().mean().item(),
         formula_macs=formula(captured),
-        counted_macs=flops.count(counted, x.shape)[""],
+        counted_macs=flops.count(_Called(module, one), captured.x.shape)[""],
         fused=timings["fused"],
         eager=timings["eager"],
     )
 
 
 def formula(captured: Captured) -> int:
-    """MACs by the papers' formulas: equations 2 and 3 of CAT, 12 of CoaT, 1 to 4 of CabViT."""
+    """MACs by the papers' formulas: CAT's equations 2, 3, CoaT's 12, CrossViT's 6, CabViT's 4."""
     module, channels = captured.module, captured.x.shape[-1]
-    if isinstance(module, DigestAttention):
-        return flops.digest(captured.x.shape[1], channels, module.num_digests)
     if isinstance(module, InnerPatchAttention):
         return flops.ipsa(*captured.grid, channels, captured.window)
     if isinstance(module, CrossPatchAttention):
         return flops.cpsa(*captured.grid, channels, captured.window)
     height, width = captured.grid
+    if isinstance(module, DigestAttention):
+        return flops.digest(captured.x.shape[1], channels, module.num_digests)
+    if isinstance(module, ClsCrossAttention):
+        return flops.cls_cross(captured.x.shape[1], channels)
     if isinstance(module, ConvPositionEncoding):
         return height * width * module.proj.weight.numel()
     head_dim = channels // module.num_heads

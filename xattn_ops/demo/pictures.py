@@ -28,14 +28,18 @@ NAMES = {
     "convrel": "Conv-relative attention with its linears",
     "convpos": "Conv position encoding",
     "digest": "Digest attention with its linears",
+    "clsattn": "CLS cross attention with its linears",
 }
 
 
-def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: str) -> None:
+def feature_maps(
+    photo: Photo, features: Sequence[Tensor], path: Path, title: str, row_name: str = "stage"
+) -> None:
     """One row a stage: three principal components as colours, then the channels that vary most.
 
     Args:
         features: the stages' outputs, each [1, C, H, W].
+        row_name: what a row is, if not a stage.
     """
     channels = 5
     figure = _figure(2 * (channels + 2), 2.15 * len(features) + 0.5, title)
@@ -48,7 +52,7 @@ def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: st
         for axis, channel in zip(row[2:], strongest, strict=True):
             _picture(axis, one[channel].numpy(), cmap="viridis")
             axis.set_title(f"channel {channel}", **SMALL)
-        row[0].set_ylabel(f"stage {stage}", fontsize=11, color=INK)
+        row[0].set_ylabel(f"{row_name} {stage}", fontsize=11, color=INK)
         row[1].set_title(f"{one.shape[0]} channels as RGB", **SMALL)
         if stage > 1:
             row[0].set_title(
@@ -147,12 +151,15 @@ def cls_attention_maps(
     whole = (0.0, 0.0, float(photo.size), float(photo.size))
     grid = figure.subplots(len(maps), heads + 2, squeeze=False)
     for row, (name, taken) in zip(grid, maps, strict=True):
-        strongest = taken.flatten(1).std(1).topk(heads).indices.sort().values.tolist()
+        shown = min(heads, taken.shape[0])
+        strongest = taken.flatten(1).std(1).topk(shown).indices.sort().values.tolist()
         _picture(row[0], _at(photo, taken.shape[1:]))
         row[0].set_ylabel(name, fontsize=11, color=INK)
         row[0].set_title(f"photo at {taken.shape[1]} x {taken.shape[2]}", **SMALL)
         panels = [("mean", taken.mean(0))] + [(f"head {h}", taken[h]) for h in strongest]
-        for axis, (label, one) in zip(row[1:], panels, strict=True):
+        for axis in row[1 + len(panels) :]:
+            axis.set_axis_off()
+        for axis, (label, one) in zip(row[1:], panels, strict=False):
             off = (one - one.mean()).numpy()  # entries may all be negative
             limit = max(float(np.abs(off).max()), 1e-9)
             _overlay(axis, photo, off, limit, whole)
