@@ -1,6 +1,7 @@
 """CabViT: Cross Attention among Blocks for Vision Transformer (Zhang, Hu and Wang, 2022).
 
-Hybrid models (CabViT-H) and the plain one (CabViT-P); see `cabvit_blocks` for their blocks.
+Hybrid models (CabViT-H) and the plain one (CabViT-P); see `cabvit_blocks` for their blocks,
+`cabvit_convs` for what is between them.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from xattn_ops import _checks
 from xattn_ops._linear import linear
 from xattn_ops.digest import digest_attention_map
 from xattn_ops.models.cabvit_blocks import (
-    EMBEDS,
     CaBlock,
     ConvNeXtBlock,
     Grid,
-    PatchProjection,
     WindowBlock,
     digest_grid,
     run_blocks,
 )
+from xattn_ops.models.cabvit_convs import EMBEDS, PatchProjection
 from xattn_ops.models.checkpoints import resize_token_positions, token_side
 from xattn_ops.models.layers import Linear, check_image, image_size, init_weights, run
 from xattn_ops.models.registry import register
@@ -154,6 +154,11 @@ class CabViT(nn.Module):
                 x = stage.downsample(x)
         return maps
 
+    @property
+    def cab_stages(self) -> dict[int, list[CaBlock]]:
+        """The CabViT blocks of each stage that has any, by its number."""
+        return {stage: blocks for stage in (3, 4) if (blocks := self.cab_blocks(stage))}
+
     def cab_blocks(self, stage: int) -> list[CaBlock]:
         """The CabViT blocks of a stage, of which 1 and 2 have none."""
         if not 1 <= stage <= 4:
@@ -262,6 +267,11 @@ class PlainCabViT(nn.Module):
         if self.pos_embed is not None:
             x = x + resize_token_positions(self.pos_embed, 1, self.grid, grid)
         return run_blocks(self.blocks, x, grid, recompute=self.checkpoint and self.training), grid
+
+    @property
+    def cab_stages(self) -> dict[int, list[CaBlock]]:
+        """All blocks, as those of stage 1."""
+        return {1: self.cab_blocks(1)}
 
     def cab_blocks(self, stage: int) -> list[CaBlock]:
         """All blocks, as those of stage 1."""

@@ -1,29 +1,26 @@
 """Blocks of CabViT (paper, 3.1 and 3.2). Activations are maps [B, H, W, C] or tokens [B, P + N, C]:
 prefix tokens such as CLS, then the image row by row.
 
-In evaluation a BatchNorm is folded into the convolution before it, and on large maps a layer scale
-into the linear layer before it: weights are smaller than activations.
+On large maps a layer scale is folded into the linear layer before it: weights are smaller than
+activations.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from xattn_ops import DigestAttention, InnerPatchAttention, TokenMergeEnhance, token_merge_enhance
+from xattn_ops._batch_norm import BatchNorm1d
 from xattn_ops._linear import linear, mlp
-from xattn_ops.digest.merge_module import fold
 from xattn_ops.digest.module import Tables
 from xattn_ops.models.checkpoints import resize_positions, square_side
-from xattn_ops.models.layers import DropPath, Mlp, norm_layer, pad_to_multiple
+from xattn_ops.models.layers import DropPath, Mlp, norm_layer, run
 
 STRIDE = 4  # of the digests: s of the paper
 WINDOW = 7  # of window attention
@@ -34,103 +31,6 @@ Grid = tuple[int, int]
 def digest_grid(grid: Grid) -> Grid:
     """Rows and columns of the digests of one block."""
     return -(-grid[0] // STRIDE), -(-grid[1] // STRIDE)
-
-
-# ---- Convolutions -------------------------------------------------------------------------------
-
-
-class ConvNorm(nn.Module):
-    """BN(conv(x)), the convolution padded to keep the size and without a bias: maps to maps."""
-
-    def __init__(self, channels: int, dim: int, kernel: int, stride: int = 1, groups: int = 1):
-        super().__init__()
-        self.c = nn.Conv2d(channels, dim, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.bn.training:
-            return self._convolved(x, *fold(self.c.weight, self.bn))
-        x = self._convolved(x, self.c.weight, None)
-        return self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        conv = self.c
-        if conv.kernel_size == (1, 1):
-            return linear(x, weight.flatten(1), bias)
-        x, padding = x.permute(0, 3, 1, 2), conv.kernel_size[0] // 2
-        if x.dtype == torch.bfloat16 and conv.groups > 1:
-            # torch 2.13 leaves parts of the bfloat16 gradient of a strided depthwise weight
-            # uninitialised on tiny maps where it pads by itself
-            x, padding = F.pad(x, (padding,) * 4), 0
-        return F.conv2d(x, weight, bias, conv.stride, padding, 1, conv.groups).permute(0, 2, 3, 1)
-
-
-class ConvStem(nn.Module):
-    """[B, H, W, 3] -> [B, ceil(H/4), ceil(W/4), dim] by two convolutions of 3x3 and stride 2."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        first, second = ConvNorm(3, dim // 2, 3, 2), ConvNorm(dim // 2, dim, 3, 2)
-        self.seq = nn.Sequential(first, nn.GELU(), second)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.seq(image)
-
-
-class ConvDownsample(nn.Module):
-    """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), dim]: 1x1, depthwise 3x3 of stride 2, 1x1."""
-
-    def __init__(self, channels: int, dim: int) -> None:
-        super().__init__()
-        self.conv1 = ConvNorm(channels, dim, 1)
-        self.conv2 = ConvNorm(dim, dim, 3, 2, dim)
-        self.conv3 = ConvNorm(dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
-
-
-class PatchStem(nn.Module):
-    """[B, H, W, 3] -> [B, ceil(H/4), ceil(W/4), dim]: ConvNeXt's, 4x4 patches and LayerNorm."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, 4, 4)
-        self.norm = norm_layer(dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = pad_to_multiple(image, 4).permute(0, 3, 1, 2)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class PatchDownsample(nn.Module):
-    """[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), dim]: ConvNeXt's, LayerNorm and 2x2 patches."""
-
-    def __init__(self, channels: int, dim: int) -> None:
-        super().__init__()
-        self.norm = norm_layer(channels)
-        self.proj = nn.Conv2d(channels, dim, 2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_multiple(self.norm(x), 2).permute(0, 3, 1, 2)
-        return self.proj(x).permute(0, 2, 3, 1)
-
-
-class PatchProjection(nn.Module):
-    """[B, 3, H, W] -> [B, H // patch, W // patch, dim]: DeiT's, whole patches projected."""
-
-    def __init__(self, dim: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).permute(0, 2, 3, 1)
-
-
-EMBEDS: dict[str, tuple[Any, Any]] = {
-    "conv": (ConvStem, ConvDownsample),
-    "patch": (PatchStem, PatchDownsample),
-}
 
 
 # ---- Blocks -------------------------------------------------------------------------------------
@@ -307,6 +207,7 @@ class CaBlock(DigestAttention):
             # Its layers stand in the block itself, as in the official code.
             layers = TokenMergeEnhance(dim, merge=self.makes_digest, stride=STRIDE)
             self.dw_conv, self.local_conv = layers.dw_conv, layers.local_conv
+            self.local_conv.bn = BatchNorm1d(dim)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = NormedMlp(dim, int(mlp_ratio * dim))
@@ -373,38 +274,10 @@ def run_blocks(blocks: Iterable[Any], x: Tensor, grid: Grid, *, recompute: bool)
     """Tokens through the blocks of a stage; each sees the digests of all before it."""
     digests: Tensor | None = None
     for block in blocks:
-        x, digest = run_block(block, x, grid, digests, recompute=recompute)
+        x, digest = run(block, x, grid, digests, recompute=recompute)
         if digest is not None:
             digests = digest if digests is None else torch.cat([digests, digest], 1)
     return x
-
-
-def run_block(block: nn.Module, *args: Any, recompute: bool) -> Any:
-    """block(*args), as `layers.run`; its BatchNorms count a batch that is run twice once."""
-    if not (recompute and torch.is_grad_enabled()):
-        return block(*args)
-    contexts = functools.partial(_contexts, block)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
-
-
-def _contexts(
-    block: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_kept(block)
-
-
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Any:
-    """The running statistics are updated by nothing, which saves as many tensors for backward."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, kept in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = kept
 
 
 # ---- Tables of other grids ----------------------------------------------------------------------

@@ -27,7 +27,8 @@ from xattn_ops.cpsa import cross_patch_attention_reference
 from xattn_ops.digest import digest_attention_reference
 from xattn_ops.ipsa import inner_patch_attention_reference
 from xattn_ops.models import create_model
-from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock, ConvNorm
+from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock
+from xattn_ops.models.cabvit_convs import ConvNorm
 
 # ------------------------------------------------------------------------------------- baselines
 

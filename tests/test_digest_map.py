@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from support.cases import Case, wrong
+from support.cases import Case
 from support.digest import SMALL, digest
+from support.wrong import companion, heads_of, of_type, of_value, refuses, scale
 
 from xattn_ops.digest import digest_attention_map
 
@@ -33,7 +33,7 @@ def test_map_times_values_is_the_output(case: Case) -> None:
     weights, tensors = maps_of(case)
     heads = case.options["num_heads"]
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    B, N, C = case.out_shape
+    B, N, C = case.outs["out"]
     v = tensors["qkv"][..., 2 * C :]
     if "digest_kv" in tensors:
         v = torch.cat([v, tensors["digest_kv"][..., C:]], 1)
@@ -62,28 +62,13 @@ def test_map_of_an_empty_batch() -> None:
     assert maps_of(digest(0, (4, 5), 2, 8, M=4))[0].shape == (0, 2, 20, 24)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        wrong("query_float", TypeError, "query must be an int, got float", query=0.0),
-        wrong("query_negative", ValueError, "query must be at least 0, got -1", query=-1),
-        wrong(
-            "query_beyond",
-            ValueError,
-            "query must be less than the number of tokens, 16, got 16",
-            query=16,
-        ),
-        wrong("heads_zero", ValueError, "num_heads must be at least 1, got 0", num_heads=0),
-        wrong(
-            "digest_bias_size",
-            ValueError,
-            "digest_bias must be [num_heads, M] = [2, 3], got shape [2, 4]",
-            digest_bias=torch.zeros(2, 4),
-        ),
-        wrong("scale_text", TypeError, "scale must be a float or None, got str", scale="0.1"),
-    ],
+test_bad_input = refuses(
+    digest_attention_map,
+    SMALL.tensors(torch.float32, requires_grad=False) | SMALL.options,
+    of_type("query must be an int, got float", query=0.0),
+    of_value("query must be at least 0, got -1", query=-1),
+    of_value("query must be less than the number of tokens, 16, got 16", query=16),
+    *heads_of("qkv", 24),
+    *companion("digest_bias", "[num_heads, M]", 2, 3, of="qkv"),
+    *scale(),
 )
-def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    good = SMALL.tensors(torch.float32, requires_grad=False) | SMALL.options
-    with pytest.raises(error, match=re.escape(message)):
-        digest_attention_map(**good | arguments)

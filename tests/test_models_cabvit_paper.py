@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import on_meta, small_cabvit, small_plain_cabvit
-from torch import Tensor, nn
+from support.models import on_meta, scrambled, small_cabvit, small_plain_cabvit
+from torch import Tensor
 
 from xattn_ops import DigestAttention, flops
 from xattn_ops.models import create_model
@@ -91,19 +91,10 @@ def test_plain_model_without_position_embedding():
 # ---- The blocks, written out --------------------------------------------------------------------
 
 
-def scrambled(module: nn.Module) -> nn.Module:
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.3)
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
-    return module.double()
-
-
 def block_of(index: int, **options: Any) -> CaBlock:
     common: dict[str, Any] = {"head_dim": 4, "mlp_ratio": 2, "attn_drop": 0, "layer_scale": 0.5}
     block = CaBlock(8, (6, 5), index, True, 0.0, **common | {"backend": None} | options)
-    return scrambled(block)  # type: ignore[return-value]
+    return scrambled(block).double()  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -142,7 +133,7 @@ def test_the_block(training, prefix, tme, batch):
 
 @pytest.mark.parametrize("side", [3, 9])
 def test_the_convnext_block(side):
-    block = scrambled(ConvNeXtBlock(8, 0.0, 1.0, None))
+    block = scrambled(ConvNeXtBlock(8, 0.0, 1.0, None)).double()
     x = torch.randn(2, side, side, 8).double()
     y = F.layer_norm(
         block.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
@@ -197,7 +188,7 @@ def test_layer_scale_begins_at_1e_6():
     ],
 )
 def test_attention_times_v_is_what_the_block_gives(make, stage, block, grid, m):
-    model = scrambled(make()).eval()
+    model = scrambled(make()).double()
     seen: list[tuple[Tensor, ...]] = []
     chosen = model.cab_blocks(stage)[block]
     chosen.register_forward_pre_hook(lambda module, args: seen.append(args))

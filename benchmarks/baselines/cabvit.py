@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_ops.benchmarks.baselines.digest import offset_index
-from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock, ConvNorm, Grid
+from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock, Grid
+from xattn_ops.models.cabvit_convs import ConvNorm
 
 
 class PlainConvNorm(ConvNorm):
     """Convolution, then BatchNorm; takes over a module that `plain_copy` made."""
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Let BatchNorm be torch's own."""
+        self.bn.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.c(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

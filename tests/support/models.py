@@ -79,6 +79,21 @@ def small_cabvit(**options: Any) -> CabViT:
 
 
 def small_plain_cabvit(**options: Any) -> PlainCabViT:
-    """A plain CabViT of 3 blocks of 8 channels in 2 heads for 64 x 96: patches of 8, 8 x 12."""
-    given = {"num_classes": 5, "patch": 8, "img_size": (64, 96), "layer_scale": 0.5, **options}
-    return PlainCabViT(**{"dim": 8, "depth": 3, "heads": 2, **given})
+    """A plain CabViT of 3 blocks of 16 channels in 2 heads for 64 x 96: patches of 8, 8 x 12."""
+    given = {"num_classes": 5, "patch": 8, "img_size": (64, 96), "layer_scale": 1.0, **options}
+    return PlainCabViT(**{"dim": 16, "depth": 3, "heads": 2, **given})
+
+
+cabvits = pytest.mark.parametrize(
+    "small", [small_cabvit, small_plain_cabvit], ids=["hybrid", "plain"]
+)
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """All parameters and running statistics random, in eval mode: tables begin near zero."""
+    for key, p in model.named_parameters():
+        nn.init.normal_(p, 1.0 if "norm" in key or "bn" in key else 0.0, 0.3)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
