@@ -40,6 +40,7 @@ SIZES: dict[str, list[Any]] = {  # what follows the tensors of a leaf op
     "clsattn_dropout": [torch.tensor(9), 2, 1e-6, 0.5, 0.4],
     "digest": [None, 2, 3, 5, 1, 0.5, 0.0],
     "digest_dropout": [torch.tensor(9), 2, 3, 5, 1, 0.5, 0.4],
+    "merge": [5, 8, 4, 1],
 }
 
 
@@ -60,7 +61,7 @@ def leaf_arguments(kind: str) -> tuple[str, list[Tensor], list[Any]]:
 def backward_arguments(op: str, tensors: list[Any], sizes: list[Any]) -> list[Any]:
     """grad_out, the forward's tensors, what the forward made for the backward, and the sizes."""
     made = getattr(torch.ops.xattn_ops, f"{op}_fwd")(*tensors, *sizes)
-    kept = made[1:] if isinstance(made, tuple) else ()
+    kept = made[len(SMALL[op].outs) :] if isinstance(made, tuple) else ()
     return [*SMALL[op].grad_outs(torch.float32), *tensors, *kept, *sizes]
 
 

@@ -140,7 +140,7 @@ def test_vmap_dropout(op: str, backend: str, randomness: str) -> None:
 @operators
 @backends
 def test_func_grad_and_functional_call(op: str, backend: str) -> None:
-    module, x = MODULES[op](backend=backend).double(), torch.randn(2, 5, 8, 8).double()
+    module, x = MODULES[op](backend=backend).double().eval(), torch.randn(2, 5, 8, 8).double()
     parameters = dict(module.named_parameters())
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
