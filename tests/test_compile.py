@@ -4,15 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import clsattn, convrel, cpsa, digest, ipsa
-from support.cases import Case, native, run
+from support.cases import Case, assert_same, backends, leaves, native
 from support.operators import (
     MODULES,
-    OF_ONE_SIZE,
     OPERATORS,
+    SMALL,
     WITH_DROPOUT,
-    assert_same,
-    backends,
     droppers,
     operators,
 )
@@ -22,35 +19,35 @@ from xattn_ops import _library
 
 def compiled_run(case: Case, backend: str, compiler: Any, **options: Any) -> tuple[dict, dict]:
     """Results of the compiled and of the plain function."""
-    tensors, grad_out = case.tensors(torch.float32), case.grad_out(torch.float32)
+    tensors, grad_outs = case.tensors(torch.float32), case.grad_outs(torch.float32)
     compiled = torch.compile(case.function, fullgraph=True, backend=compiler, **options)
-    got = run(compiled, tensors, grad_out, backend=backend, **case.options)
-    return got, run(case.function, tensors, grad_out, backend=backend, **case.options)
+    got = case.run(tensors, grad_outs, compiled, backend=backend)
+    return got, case.run(tensors, grad_outs, backend=backend)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @operators
 @backends
 def test_compile(op: str, backend: str) -> None:
-    assert_same(*compiled_run(OPERATORS[op], backend, "aot_eager"))
+    assert_same(*compiled_run(SMALL[op], backend, "aot_eager"))
 
 
 @native
 @pytest.mark.usefixtures("fresh_compiler")
 @operators
 def test_compile_with_inductor(op: str) -> None:
-    assert_same(*compiled_run(OPERATORS[op], "cpu", "inductor"))
+    assert_same(*compiled_run(SMALL[op], "cpu", "inductor"))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @operators
 @backends
 def test_compile_without_gradients(op: str, backend: str) -> None:
-    case = OPERATORS[op]
+    case = SMALL[op]
     tensors = case.tensors(torch.float32, requires_grad=False)
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
-    got = compiled(**tensors, **case.options, backend=backend)
-    torch.testing.assert_close(got, case.function(**tensors, **case.options, backend=backend))
+    got = case.outputs(tensors, compiled, backend=backend)
+    torch.testing.assert_close(got, case.outputs(tensors, backend=backend))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -64,7 +61,7 @@ def test_compile_with_dropout(op: str, backend: str) -> None:
     outs = []
     for function, seed in [(compiled, 1), (compiled, 1), (compiled, 2), (case.function, 1)]:
         torch.manual_seed(seed)
-        outs.append(function(**tensors, **case.options, backend=backend))
+        outs += case.outputs(tensors, function, backend=backend)
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
     torch.testing.assert_close(outs[0], outs[3])
@@ -72,33 +69,21 @@ def test_compile_with_dropout(op: str, backend: str) -> None:
     assert all(t.grad is not None for t in tensors.values())
 
 
-OF_SIZE = {  # a case of any batch, rows and columns
-    "ipsa": lambda B, H, W: ipsa.ipsa(B, H, W, 2, 4, (2, 3)),
-    "cpsa": lambda B, H, W: cpsa.cpsa(B, H, W, 8, (2, 3)),
-    "convrel": lambda B, H, W: convrel.convrel(B, (H, W), 2, 4, (3, 3), (5, 5)),
-    "convpos": lambda B, H, W: convrel.convpos(B, (H, W), 8),
-    "clsattn": lambda B, H, W: clsattn.clsattn(B, H * W, 2, 4),
-    "digest": lambda B, H, W: digest.digest(B, (H, W), 2, 4, M=H + 3, prefix=1),
-}
-
-
 @native
 @pytest.mark.usefixtures("fresh_compiler")
 @operators
 def test_compile_dynamic_shapes(op: str) -> None:
     """One graph for any batch and any map."""
-    function = OPERATORS[op].function
+    function = SMALL[op].function
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     for sizes, stance in [((7, 9, 11), "default"), ((5, 4, 12), "fail_on_recompile")]:
-        case = OF_SIZE[op](*sizes)
-        tensors = {
-            name: t.detach().contiguous().requires_grad_()
-            for name, t in case.tensors(torch.float32).items()
-        }
-        grad_out = case.grad_out(torch.float32)
+        case = OPERATORS[op].of_size(*sizes)
+        given = case.tensors(torch.float32, requires_grad=False)
+        tensors = leaves({name: t.contiguous() for name, t in given.items()})
+        grad_outs = case.grad_outs(torch.float32)
         with torch.compiler.set_stance(stance):
-            got = run(compiled, tensors, grad_out, backend="cpu", **case.options)
-        assert_same(got, run(case.function, tensors, grad_out, backend="cpu", **case.options))
+            got = case.run(tensors, grad_outs, compiled, backend="cpu")
+        assert_same(got, case.run(tensors, grad_outs, backend="cpu"))
 
 
 @pytest.mark.usefixtures("fresh_compiler", "no_native")
@@ -106,11 +91,11 @@ def test_compile_dynamic_shapes(op: str) -> None:
 def test_compile_with_a_fallback(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The warning comes while the function is traced and does not break the graph."""
     monkeypatch.setattr("xattn_ops._backend._warned", set())
-    case = OPERATORS[op]
+    case = SMALL[op]
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
     with pytest.warns(UserWarning, match="falls back to the PyTorch reference"):
-        out = compiled(**case.tensors(torch.float32), **case.options)
-    assert out.shape == case.out_shape
+        outs = case.outputs(case.tensors(torch.float32), compiled)
+    assert [out.shape for out in outs] == list(case.outs.values())
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -138,8 +123,8 @@ def test_export(op: str, strict: bool) -> None:
 @operators
 def test_export_dynamic_shapes(op: str) -> None:
     module = MODULES[op]().eval()
-    names = ["batch"] if op in OF_ONE_SIZE else ["batch", "rows", "columns"]
+    names = ["batch"] if OPERATORS[op].one_size else ["batch", "rows", "columns"]
     sizes = {axis: torch.export.Dim(name) for axis, name in enumerate(names)}
     program = torch.export.export(module, (torch.randn(2, 5, 8, 8),), dynamic_shapes=(sizes,))
-    x = torch.randn(3, 5, 8, 8) if op in OF_ONE_SIZE else torch.randn(3, 7, 13, 8)
+    x = torch.randn(3, 5, 8, 8) if OPERATORS[op].one_size else torch.randn(3, 7, 13, 8)
     torch.testing.assert_close(program.module()(x), module(x))

@@ -7,18 +7,17 @@ import copy
 import os
 import pickle
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support import clsattn, convrel, cpsa, digest, ipsa
-from support.cases import Case, native, run
+from support import clsattn, convpos, convrel, cpsa, digest, ipsa
+from support.cases import Case, assert_equal, assert_same, backends, native, total
 from support.operators import (
     MODULES,
-    OPERATORS,
+    SMALL,
     WITH_DROPOUT,
-    assert_same,
-    backends,
     operators,
     positional,
 )
@@ -47,7 +46,7 @@ SIZES: dict[str, list[Any]] = {  # what follows the tensors of a leaf op
 def leaf_arguments(kind: str) -> tuple[str, list[Tensor], list[Any]]:
     """The leaf op's name, its tensors and its sizes, as the interface would pass them."""
     op = kind.split("_")[0]
-    tensors = list(OPERATORS[op].tensors(torch.float32, requires_grad=False).values())
+    tensors = list(SMALL[op].tensors(torch.float32, requires_grad=False).values())
     if op == "convrel":  # qkv, two weights, two biases -> qkv, weight, bias
         tensors = [
             tensors[0],
@@ -62,7 +61,7 @@ def backward_arguments(op: str, tensors: list[Any], sizes: list[Any]) -> list[An
     """grad_out, the forward's tensors, what the forward made for the backward, and the sizes."""
     made = getattr(torch.ops.xattn_ops, f"{op}_fwd")(*tensors, *sizes)
     kept = made[1:] if isinstance(made, tuple) else ()
-    return [OPERATORS[op].grad_out(torch.float32), *tensors, *kept, *sizes]
+    return [*SMALL[op].grad_outs(torch.float32), *tensors, *kept, *sizes]
 
 
 @native
@@ -108,7 +107,7 @@ def test_opcheck_without_optional_tensors(op: str, absent: tuple[int, ...]) -> N
 
 @native
 def test_opcheck_without_a_relative_term() -> None:
-    qkv, none = OPERATORS["convrel"].tensors(torch.float32)["qkv"].detach(), torch.zeros(0)
+    qkv, none = SMALL["convrel"].tensors(torch.float32)["qkv"].detach(), torch.zeros(0)
     sizes = [[], [], *SIZES["convrel"][2:]]
     torch.library.opcheck(torch.ops.xattn_ops.convrel_fwd.default, (qkv, none, None, *sizes))
     arguments = backward_arguments("convrel", [qkv, none, None], sizes)
@@ -122,11 +121,12 @@ def test_leaf_ops_cast_under_autocast(op: str) -> None:
     _, tensors, sizes = leaf_arguments(op)
     cast = [t.bfloat16() for t in tensors]
     forward, backward = (getattr(torch.ops.xattn_ops, f"{op}_{way}") for way in ("fwd", "bwd"))
-    grad_out, *rest = backward_arguments(op, cast, sizes)
-    wide = [grad_out, *tensors, *rest[len(tensors) :]]
+    arguments, outs = backward_arguments(op, cast, sizes), len(SMALL[op].outs)
+    grad_outs, rest = arguments[:outs], arguments[outs:]
+    wide = [*grad_outs, *tensors, *rest[len(tensors) :]]
     with torch.autocast("cpu", torch.bfloat16):
         got = [forward(*tensors, *sizes), backward(*wide)]
-    want = [forward(*cast, *sizes), backward(grad_out.bfloat16(), *rest)]
+    want = [forward(*cast, *sizes), backward(*(g.bfloat16() for g in grad_outs), *rest)]
     for one, other in zip(tree_leaves(got), tree_leaves(want), strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -139,18 +139,18 @@ def test_leaf_ops_cast_under_autocast(op: str) -> None:
 @operators
 def test_second_derivative_raises(op: str) -> None:
     """Also where the incoming gradient is a constant, as in a gradient penalty."""
-    function, _ = positional(OPERATORS[op], backend="cpu")
-    tensors = list(OPERATORS[op].tensors(torch.float32).values())
-    (grad,) = torch.autograd.grad(function(*tensors).sum(), tensors[0], create_graph=True)
+    function, _ = positional(SMALL[op], backend="cpu")
+    tensors = list(SMALL[op].tensors(torch.float32).values())
+    (grad,) = torch.autograd.grad(total(function(*tensors)), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"first derivatives only.*backend='reference'"):
         grad.square().sum().backward()
 
 
 @operators
 def test_second_derivative_of_the_reference(op: str) -> None:
-    function, _ = positional(OPERATORS[op], backend="reference")
-    tensors = list(OPERATORS[op].tensors(torch.float32).values())
-    loss = function(*tensors).square().sum()
+    function, _ = positional(SMALL[op], backend="reference")
+    tensors = list(SMALL[op].tensors(torch.float32).values())
+    loss = total(function(*tensors), power=2)
     (grad,) = torch.autograd.grad(loss, tensors[0], create_graph=True)
     grad.square().sum().backward()
     assert tensors[0].grad.abs().max() > 0
@@ -170,7 +170,7 @@ KEPT = {
 @operators
 def test_only_inputs_are_saved(op: str) -> None:
     """Training keeps no intermediate: nothing of the size of the attention weights."""
-    case, saved = OPERATORS[op], []
+    case, saved = SMALL[op], []
     tensors = case.tensors(torch.float32)
 
     def pack(tensor: Tensor) -> Tensor:
@@ -187,30 +187,29 @@ def test_only_inputs_are_saved(op: str) -> None:
 @operators
 @backends
 def test_inputs_are_left_alone(op: str, backend: str) -> None:
-    case = OPERATORS[op]
-    tensors, grad_out = case.tensors(torch.float32), case.grad_out(torch.float32)
-    before = [t.detach().clone() for t in (*tensors.values(), grad_out)]
-    run(case.function, tensors, grad_out, backend=backend, **case.options)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, (*tensors.values(), grad_out), strict=True)
-    )
+    case = SMALL[op]
+    tensors, grad_outs = case.tensors(torch.float32), case.grad_outs(torch.float32)
+    every = [*tensors.values(), *grad_outs]
+    before = [t.detach().clone() for t in every]
+    case.run(tensors, grad_outs, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(before, every, strict=True))
 
 
 @operators
 @backends
 def test_checkpoint_recomputes_the_same(op: str, backend: str) -> None:
     """The same dropout too, where there is some."""
-    case = WITH_DROPOUT.get(op, OPERATORS[op])
-    function, _ = positional(case, backend=backend)
-    tensors, grad_out = list(case.tensors(torch.float64).values()), case.grad_out(torch.float64)
+    case = WITH_DROPOUT.get(op, SMALL[op])
+    tensors, grad_outs = case.tensors(torch.float64), case.grad_outs(torch.float64)
+
+    def recomputed(**tensors: Tensor) -> Any:
+        function, _ = positional(case, backend=backend)
+        return checkpoint(function, *tensors.values(), use_reentrant=False)
+
     torch.manual_seed(2)
-    want = torch.autograd.grad(function(*tensors), tensors, grad_out)
+    want = case.run(tensors, grad_outs, backend=backend)
     torch.manual_seed(2)
-    got = torch.autograd.grad(
-        checkpoint(function, *tensors, use_reentrant=False), tensors, grad_out
-    )
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    assert_equal(replace(case, options={}).run(tensors, grad_outs, recomputed), want)
 
 
 # ------------------------------------------------------------------------------------------ FLOPs
@@ -237,9 +236,7 @@ def test_checkpoint_recomputes_the_same(op: str, backend: str) -> None:
             2 * 2 * (4 * 41 * 32 + 3 * 40 * 152),
             id="convrel",
         ),
-        pytest.param(
-            convrel.SMALL_POSITION, 2 * 2 * 40 * 8 * 9, 2 * 2 * 2 * 40 * 8 * 9, id="convpos"
-        ),
+        pytest.param(convpos.SMALL, 2 * 2 * 40 * 8 * 9, 2 * 2 * 2 * 40 * 8 * 9, id="convpos"),
         # 2 images of 8 tokens: 17 projections of 8 x 8, 2 products of 8 x 8; twice that backward
         pytest.param(
             clsattn.SMALL, 2 * 2 * (17 * 64 + 2 * 64), 4 * 2 * (17 * 64 + 2 * 64), id="clsattn"
@@ -255,7 +252,7 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
         out = case.function(**tensors, **case.options, backend="cpu")
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
-        out.sum().backward()
+        total(out).backward()
     assert counter.get_total_flops() == backward
 
 
@@ -267,7 +264,7 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
         pytest.param(cpsa.cpsa(2, 8, 9, 3, (4, 3)), id="cpsa"),
         pytest.param(convrel.SMALL, id="convrel"),
         pytest.param(convrel.convrel(2, (4, 3), 2, 4), id="convrel_without_relative_term"),
-        pytest.param(convrel.SMALL_POSITION, id="convpos"),
+        pytest.param(convpos.SMALL, id="convpos"),
         pytest.param(clsattn.SMALL, id="clsattn"),
         pytest.param(digest.SMALL, id="digest"),
         pytest.param(digest.digest(2, (3, 5), 2, 4), id="digest_without_digests"),
@@ -294,9 +291,9 @@ def distributed(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    for op, case in OPERATORS.items():
+    for op, case in SMALL.items():
         names, tensors = list(case.shapes), case.tensors(torch.float64)
-        grad_out = case.grad_out(torch.float64)
+        grad_outs = case.grad_outs(torch.float64)
         split = {
             name: distribute_tensor(
                 t.detach(), mesh, [Shard(0) if name == names[0] else Replicate()]
@@ -304,19 +301,21 @@ def distributed(rank: int, store: str) -> None:
             for name, t in tensors.items()
         }
         leaves = {name: t.requires_grad_() for name, t in split.items()}
-        out = case.function(**leaves, **case.options, backend="cpu")
-        assert out.placements == (Shard(0),), f"{op}: {out.placements}"
-        assert out.to_local().shape[0] == 1
-        out.backward(distribute_tensor(grad_out, mesh, [Shard(0)]))
-        got = {"out": out.full_tensor(), **{n: t.grad.full_tensor() for n, t in leaves.items()}}
-        assert_same(got, run(case.function, tensors, grad_out, backend="cpu", **case.options))
+        outs = case.outputs(leaves, backend="cpu")
+        for out in outs:
+            assert out.placements == (Shard(0),), f"{op}: {out.placements}"
+            assert out.to_local().shape[0] == 1
+        torch.autograd.backward(outs, [distribute_tensor(g, mesh, [Shard(0)]) for g in grad_outs])
+        results = dict(zip(case.outs, outs, strict=True)) | {n: t.grad for n, t in leaves.items()}
+        got = {name: t.full_tensor() for name, t in results.items()}
+        assert_same(got, case.run(tensors, grad_outs, backend="cpu"))
 
         if op not in WITH_DROPOUT:
             continue
         torch.manual_seed(4)
-        whole = case.function(**tensors, **case.options, dropout_p=0.5, backend="cpu")
+        (whole,) = case.outputs(tensors, dropout_p=0.5, backend="cpu")
         torch.manual_seed(4)
-        dropped = case.function(**leaves, **case.options, dropout_p=0.5, backend="cpu")
+        (dropped,) = case.outputs(leaves, dropout_p=0.5, backend="cpu")
         torch.testing.assert_close(dropped.full_tensor(), whole)
     dist.destroy_process_group()
 

@@ -6,13 +6,11 @@ from typing import Any
 import pytest
 import torch
 from support import digest
-from support.cases import Case, native
+from support.cases import Case, assert_same, backends, native, present, total
 from support.operators import (
     MODULES,
-    OPERATORS,
+    SMALL,
     WITH_DROPOUT,
-    assert_same,
-    backends,
     droppers,
     operators,
     positional,
@@ -73,8 +71,8 @@ MAPPED = [
 @pytest.mark.parametrize(("op", "names"), MAPPED)
 @backends
 def test_vmap(op: str, names: list[str], backend: str) -> None:
-    function, _ = positional(OPERATORS[op], backend=backend)
-    tensors, dims = mapped(OPERATORS[op], names)
+    function, _ = positional(SMALL[op], backend=backend)
+    tensors, dims = mapped(SMALL[op], names)
     got = torch.vmap(function, tuple(dims))(*tensors)
     torch.testing.assert_close(got, by_loop(function, tensors, dims))
 
@@ -83,10 +81,10 @@ def test_vmap(op: str, names: list[str], backend: str) -> None:
 @backends
 def test_vmap_of_grad(op: str, names: list[str], backend: str) -> None:
     """Gradients of each sample, those of the shared weights too."""
-    function, arguments = positional(OPERATORS[op], backend=backend)
+    function, arguments = positional(SMALL[op], backend=backend)
     every = tuple(range(len(arguments)))
-    grad = torch.func.grad(lambda *tensors: function(*tensors).square().sum(), every)
-    tensors, dims = mapped(OPERATORS[op], names)
+    grad = torch.func.grad(lambda *tensors: total(function(*tensors), power=2), every)
+    tensors, dims = mapped(SMALL[op], names)
     for got, want in zip(
         torch.vmap(grad, tuple(dims))(*tensors), by_loop(grad, tensors, dims), strict=True
     ):
@@ -96,13 +94,14 @@ def test_vmap_of_grad(op: str, names: list[str], backend: str) -> None:
 @operators
 @backends
 def test_vmap_twice(op: str, backend: str) -> None:
-    function, _ = positional(OPERATORS[op], backend=backend)
-    x, *weights = OPERATORS[op].tensors(torch.float64, requires_grad=False).values()
+    function, _ = positional(SMALL[op], backend=backend)
+    x, *weights = SMALL[op].tensors(torch.float64, requires_grad=False).values()
     grid = torch.stack([x * i for i in range(6)]).unflatten(0, (2, 3))
     dims = (0, *[None] * len(weights))
     got = torch.vmap(torch.vmap(function, dims), dims)(grid, *weights)
-    want = torch.stack([function(x, *weights) for x in grid.flatten(0, 1)])
-    torch.testing.assert_close(got.flatten(0, 1), want)
+    want = by_loop(function, [grid.flatten(0, 1), *weights], dims, size=6)
+    flat = [out.flatten(0, 1) for out in present(got)]
+    torch.testing.assert_close(flat, present(want))
 
 
 @backends
@@ -117,8 +116,8 @@ def test_vmap_without_digests(backend: str) -> None:
 @native
 @operators
 def test_vmap_folds_activations_into_one_call(op: str) -> None:
-    function, _ = positional(OPERATORS[op], backend="cpu")
-    tensors, dims = mapped(OPERATORS[op], list(OPERATORS[op].shapes)[:1])
+    function, _ = positional(SMALL[op], backend="cpu")
+    tensors, dims = mapped(SMALL[op], list(SMALL[op].shapes)[:1])
     with torch.profiler.profile() as profile, torch.no_grad():
         torch.vmap(function, tuple(dims))(*tensors)
     calls = {event.key: event.count for event in profile.key_averages()}
@@ -160,15 +159,14 @@ def test_func_grad_and_functional_call(op: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_autocast(op: str, backend: str, dtype: torch.dtype) -> None:
     """As if all had been cast by hand; gradients come back in the dtypes of the inputs."""
-    case = OPERATORS[op]
+    case = SMALL[op]
     tensors = case.tensors(torch.float32)
     with torch.autocast("cpu", dtype):
-        out = case.function(**tensors, **case.options, backend=backend)
-    assert out.dtype == dtype
+        outs = case.outputs(tensors, backend=backend)
+    assert {out.dtype for out in outs} == {dtype}
     cast = {name: t.to(dtype) for name, t in tensors.items()}
-    want = case.function(**cast, **case.options, backend=backend)
-    torch.testing.assert_close(out, want)
-    out.float().sum().backward()
+    torch.testing.assert_close(outs, case.outputs(cast, backend=backend))
+    total(out.float() for out in outs).backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors.values())
 
 
@@ -176,13 +174,13 @@ def test_autocast(op: str, backend: str, dtype: torch.dtype) -> None:
 @backends
 def test_autocast_around_the_backward(op: str, backend: str) -> None:
     """A loss differentiated inside the region: the gradients are those of outside."""
-    case = OPERATORS[op]
+    case = SMALL[op]
     tensors = case.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = case.function(**tensors, **case.options, backend=backend)
-        grad_out = case.grad_out(out.dtype)
-        inside = torch.autograd.grad(out, list(tensors.values()), grad_out, retain_graph=True)
-    outside = torch.autograd.grad(out, list(tensors.values()), grad_out)
+        outs, inputs = case.outputs(tensors, backend=backend), list(tensors.values())
+        grad_outs = case.grad_outs(outs[0].dtype)
+        inside = torch.autograd.grad(outs, inputs, grad_outs, retain_graph=True)
+    outside = torch.autograd.grad(outs, inputs, grad_outs)
     for one, other in zip(inside, outside, strict=True):
         assert torch.equal(one, other)
 
@@ -190,21 +188,21 @@ def test_autocast_around_the_backward(op: str, backend: str) -> None:
 @operators
 def test_autocast_takes_mixed_dtypes(op: str) -> None:
     """As after a linear layer, which has cast the activation and not the weights."""
-    case = OPERATORS[op]
+    case = SMALL[op]
     tensors = case.tensors(torch.float32)
     activation = next(iter(tensors))
     with torch.autocast("cpu", torch.bfloat16):
-        want = case.function(**tensors, **case.options)
-        mixed = tensors | {activation: tensors[activation].bfloat16()}
-        assert torch.equal(case.function(**mixed, **case.options), want)
+        want = case.outputs(tensors)
+        got = case.outputs(tensors | {activation: tensors[activation].bfloat16()})
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @operators
 def test_autocast_leaves_float64(op: str) -> None:
-    case = OPERATORS[op]
+    case = SMALL[op]
     with torch.autocast("cpu", torch.bfloat16):
-        out = case.function(**case.tensors(torch.float64), **case.options)
-    assert out.dtype == torch.float64
+        outs = case.outputs(case.tensors(torch.float64))
+    assert {out.dtype for out in outs} == {torch.float64}
 
 
 def test_autocast_is_off() -> None:
@@ -239,12 +237,12 @@ def test_autocast_module(op: str) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @operators
 def test_autocast_compiled(op: str) -> None:
-    case = OPERATORS[op]
+    case = SMALL[op]
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
     tensors = case.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        got = compiled(**tensors, **case.options)
-        want = case.function(**tensors, **case.options)
+        got = case.outputs(tensors, compiled)
+        want = case.outputs(tensors)
     torch.testing.assert_close(got, want)
-    got.float().sum().backward()
+    total(out.float() for out in got).backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors.values())

@@ -7,6 +7,8 @@ named none, XATTN_STRICT=1 turns a fallback to the reference into an error.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import os
 import warnings
@@ -60,9 +62,36 @@ def refusal(function: str, backend: str, call: Call) -> str:
         return ""
     if backend not in _KERNELS[function]:
         return f"{function} has no {backend} kernel in this version"
-    if backend not in ORDER.get(call.device, ()):
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend not in ORDER.get(call.device, ()) and not (interpreted and call.device == "cpu"):
         return f"it does not take {call.device} tensors"
     return _KERNELS[function][backend](call)
+
+
+@functools.cache
+def _triton_missing(kernels: str) -> str:
+    """Why these Triton kernels cannot be loaded, or ""; loads them, and Triton with the first."""
+    try:
+        importlib.import_module(kernels)
+    except ImportError as error:
+        return f"its Triton kernels could not be loaded ({error}); install triton"
+    return ""
+
+
+def triton(kernels: str) -> Refuse:
+    """The refusals of the Triton kernels in the module of this name, for `serve`."""
+
+    def refuse(call: Call) -> str:
+        if call.dtype == torch.float64:
+            return "its Triton kernels take float32, bfloat16 or float16, got float64"
+        return _triton_missing(kernels)
+
+    return refuse
+
+
+def kernels(backend: str) -> Any:
+    """The namespace in torch.ops that holds the ops of a backend."""
+    return torch.ops.xattn_triton if backend == "triton" else torch.ops.xattn_ops
 
 
 def choose(function: str, backend: str | None, device: str, dtype: torch.dtype) -> str:

@@ -23,7 +23,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._library import NATIVE, REASON
 
+# The kernels of C++ and CUDA are ops of the first library, those of Triton of the second, under
+# the same names and with the same arguments.
 _LIBRARY = torch.library.Library("xattn_ops", "FRAGMENT")
+_TRITON = torch.library.Library("xattn_triton", "FRAGMENT")
+_RULES: dict[str, Callable[[torch.library.Library], None]] = {}
 
 
 def missing(*ops: str) -> str:
@@ -50,17 +54,33 @@ def register(
     batched: the names of its batched arguments. returns_batched: the same of its returns, in
     order. fake: its arguments -> empty outputs. flops: its arguments, shapes in place of tensors
     -> floating-point operations, 2 to a multiply-add. wide: the names of the arguments that the
-    forward op made for this one. Does nothing where the op does not exist.
+    forward op made for this one. The native op gets them now, where there is one; the Triton op
+    of this name when `register_triton` defines it.
     """
-    if missing(name):
-        return
-    packet = getattr(torch.ops.xattn_ops, name)
-    torch.library.register_fake(f"xattn_ops::{name}", fake, lib=_LIBRARY)
-    _register_vmap(packet.default, batched, returns_batched)
-    _register_autocast(packet.default, name, wide)
-    register_flop_formula(packet)(lambda *args, out_shape=None, **_: flops(*args))
-    if torch.distributed.is_available():
-        _register_sharding(packet.default, batched, returns_batched)
+
+    def rules(library: torch.library.Library) -> None:
+        packet = getattr(getattr(torch.ops, library.ns), name)
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        _register_vmap(library, packet.default, batched, returns_batched)
+        _register_autocast(library, packet.default, name, wide)
+        register_flop_formula(packet)(lambda *args, out_shape=None, **_: flops(*args))
+        if torch.distributed.is_available():
+            _register_sharding(packet.default, batched, returns_batched)
+
+    _RULES[name] = rules
+    if not missing(name):
+        rules(_LIBRARY)
+
+
+def register_triton(name: str, launch: Callable[..., Any]) -> None:
+    """Define the op torch.ops.xattn_triton.<name>, which calls `launch`, with the rules of `name`.
+
+    launch: annotated; its parameters have the names of the native op's.
+    """
+    _TRITON.define(name + torch.library.infer_schema(launch, mutates_args=()))
+    for device in ("CPU", "CUDA"):  # on CPU tensors the interpreter runs it
+        _TRITON.impl(name, launch, device)
+    _RULES[name](_TRITON)
 
 
 class _Backward(torch.autograd.Function):
@@ -93,6 +113,16 @@ def backward_once(op: Callable[..., Any], *args: Any) -> Any:
     if torch.compiler.is_compiling():  # compiled graphs refuse a second derivative themselves
         return op(*args)
     return apply(_Backward, op, *args)
+
+
+def asked_for(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What a `backward` returns: the gradients that are asked for, and None for all else.
+
+    grads: of the first inputs, in order; those after them have none.
+    """
+    needs = ctx.needs_input_grad
+    asked = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+    return (*asked, *[None] * (len(needs) - len(grads)))
 
 
 def transformed() -> bool:
@@ -145,7 +175,10 @@ def drops(op: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
 
 
 def _register_vmap(
-    op: torch._ops.OpOverload, batched: Sequence[str], returns_batched: Sequence[bool]
+    library: torch.library.Library,
+    op: torch._ops.OpOverload,
+    batched: Sequence[str],
+    returns_batched: Sequence[bool],
 ) -> None:
     """Fold the mapped axis into the batch where that changes nothing; call once a slice otherwise.
 
@@ -168,7 +201,7 @@ def _register_vmap(
             return torch.stack(calls), 0
         return tuple(torch.stack(slices) for slices in zip(*calls, strict=True)), _like(op, 0)
 
-    torch.library.register_vmap(op, rule, lib=_LIBRARY)
+    torch.library.register_vmap(op, rule, lib=library)
 
 
 def _folded(
@@ -223,7 +256,9 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _register_autocast(op: torch._ops.OpOverload, name: str, wide: Sequence[str]) -> None:
+def _register_autocast(
+    library: torch.library.Library, op: torch._ops.OpOverload, name: str, wide: Sequence[str]
+) -> None:
     """The same rule for who calls the leaf op itself."""
     kept = positions(op, wide)
     for device in ("CPU", "CUDA"):
@@ -235,7 +270,7 @@ def _register_autocast(op: torch._ops.OpOverload, name: str, wide: Sequence[str]
             with torch.autocast(device, enabled=False):
                 return op(*cast)
 
-        _LIBRARY.impl(name, rule, f"Autocast{device}")
+        library.impl(name, rule, f"Autocast{device}")
 
 
 # ---------------------------------------------------------------------------------------- sharding

@@ -1,4 +1,4 @@
-"""The command line: ``python -m xattn_ops info | demo | bench``."""
+"""The command line: ``python -m xattn_ops info | demo | flops | bench | report | kernels``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from xattn_ops._version import __version__
 from xattn_ops.benchmarks.options import add_arguments as add_bench_arguments
+from xattn_ops.kernel_report import ARCHITECTURES
+from xattn_ops.kernel_report import DTYPES as KERNEL_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="a photo through a model: accuracy, speed, pictures")
     demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="a photo (a sample)")
-    demo.add_argument("--model", default="cat_tiny", help="a CAT or CoaT (cat_tiny)")
+    demo.add_argument("--model", default="cat_tiny", help="of any family (cat_tiny)")
     demo.add_argument("--weights", type=Path, metavar="FILE", help="official checkpoint (random)")
-    demo.add_argument("--block", type=int, metavar="N", help="whose CLS map to draw (-1, the last)")
+    demo.add_argument("--block", type=int, metavar="N", help="whose CLS or digest map to draw")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="pictures")
     demo.add_argument("--size", type=int, default=224, help="side of the square crop in pixels")
     demo.add_argument("--batch", type=int, default=8, help="copies of the photo when timing")
@@ -53,9 +55,34 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=int, help="intra-op threads (torch's own choice)")
     demo.set_defaults(run=_demo)
 
+    flops = commands.add_parser("flops", help="parameters and MACs beside the papers' figures")
+    flops.add_argument(
+        "models", nargs="*", metavar="MODEL", help="their rows, and MACs by module (all rows)"
+    )
+    flops.add_argument("--depth", type=int, default=1, help="of the modules of a MODEL (1)")
+    flops.add_argument("--json", type=Path, metavar="FILE", help="write everything counted")
+    flops.set_defaults(run=_flops)
+
     bench = commands.add_parser("bench", help="the operators against plain PyTorch")
     add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
+
+    kernels = commands.add_parser("kernels", help="registers, spills, loads of the Triton kernels")
+    kernels.add_argument("operators", nargs="*", metavar="OPERATOR", help="ipsa (all)")
+    kernels.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    kernels.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(KERNEL_DTYPES))
+    kernels.add_argument("--json", action="store_true", help="JSON in place of a table")
+    kernels.set_defaults(run=_kernels)
+    report = commands.add_parser("report", help="papers and measurements on one HTML page")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    report.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="files of `bench --json`, or folders of them (those of benchmarks/results)",
+    )
+    report.set_defaults(run=_report)
     return top
 
 
@@ -72,10 +99,28 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args, _console())
 
 
+def _flops(args: argparse.Namespace) -> int:
+    from xattn_ops.papers.command import main as flops
+
+    return flops(args, _console())
+
+
 def _bench(args: argparse.Namespace) -> int:
     from xattn_ops.benchmarks.command import main as bench
 
     return bench(args, _console())
+
+
+def _report(args: argparse.Namespace) -> int:
+    from xattn_ops.report.command import main as report
+
+    return report(args, _console())
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from xattn_ops.kernel_report import command
+
+    return command(args.operators, args.arch, args.dtype, args.json, _console())
 
 
 def _console() -> Console:

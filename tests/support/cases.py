@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,41 +16,83 @@ from xattn_ops import _library
 # A build without kernels is a supported installation; test_backends.py fails where they should be.
 native = pytest.mark.skipif(not _library.NATIVE, reason=f"no CPU kernels: {_library.REASON}")
 BACKENDS = ["reference", "cpu"] if _library.NATIVE else ["reference"]
-DENSE = "float32, bfloat16, float16 or float64"  # as messages put it
 DTYPES = [
     pytest.param(torch.float32, id="f32"),
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="f16"),
     pytest.param(torch.float64, id="f64"),
 ]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
     """One call: `function(**tensors, **options)`; the first tensor is an activation.
 
+    outs: the shape of each output, in order; those that the call leaves None are not among them.
     zero: inputs on which nothing depends; their gradients are zero but for rounding.
     """
 
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
     shapes: dict[str, tuple[int, ...]]
-    out_shape: tuple[int, ...]
+    outs: dict[str, tuple[int, ...]]
     options: dict[str, Any] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
 
-    def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> Tensors:
         """Random inputs, the same for every dtype but for rounding; none is contiguous."""
         return {
             name: sliced(shape, name, dtype).requires_grad_(requires_grad)
             for name, shape in self.shapes.items()
         }
 
-    def grad_out(self, dtype: torch.dtype) -> Tensor:
-        return sliced(self.out_shape, "grad_out", dtype)
+    def grad_outs(self, dtype: torch.dtype) -> list[Tensor]:
+        """A random gradient of each output."""
+        return [sliced(shape, f"grad_{name}", dtype) for name, shape in self.outs.items()]
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options=self.options | options)
+
+    def outputs(
+        self, tensors: Tensors, function: Callable[..., Any] | None = None, **options: Any
+    ) -> list[Tensor]:
+        """What the call gives, less what it leaves None; function: another than the case's own."""
+        given = self.options | options
+        return present((self.function if function is None else function)(**tensors, **given))
+
+    def run(
+        self,
+        tensors: Tensors,
+        grad_outs: Sequence[Tensor],
+        function: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> Tensors:
+        """The outputs and the gradient of every tensor, by name."""
+        outs = self.outputs(tensors, function, **options)
+        inputs = list(tensors.values())
+        grads = torch.autograd.grad(outs, inputs, list(grad_outs), materialize_grads=True)
+        named = zip(self.outs, (out.detach() for out in outs), strict=True)
+        return dict(named) | dict(zip(tensors, grads, strict=True))
+
+
+def present(result: Tensor | Iterable[Tensor | None]) -> list[Tensor]:
+    """The tensors of what a function returns: one, or several of which some may be None."""
+    several = [result] if isinstance(result, Tensor) else result
+    return [out for out in several if out is not None]
+
+
+def total(result: Tensor | Iterable[Tensor | None], power: int = 1) -> Tensor:
+    """The sum of all that a function returns, or of a power of it: something to differentiate."""
+    return torch.stack([out.pow(power).sum() for out in present(result)]).sum()
+
+
+def leaves(tensors: Tensors) -> Tensors:
+    """The same tensors, in the same memory, as leaves that ask for gradients."""
+    return {name: t.detach().requires_grad_() for name, t in tensors.items()}
 
 
 def sliced(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
@@ -63,18 +105,16 @@ def sliced(shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
     return whole[tuple(slice(1, size + 1) for size in shape)].detach()
 
 
-def wrong(id: str, error: type[Exception], message: str, **arguments: Any) -> Any:
-    """Arguments that a function must refuse, and what it must say."""
-    return pytest.param(arguments, error, message, id=id)
+def assert_same(got: Tensors, want: Tensors, **tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(
+            got[name], want[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )
 
 
-def run(
-    function: Callable[..., Tensor],
-    tensors: dict[str, Tensor],
-    grad_out: Tensor,
-    **options: Any,
-) -> dict[str, Tensor]:
-    """The output and the gradient of every tensor, by name."""
-    out = function(**tensors, **options)
-    grads = torch.autograd.grad(out, list(tensors.values()), grad_out, materialize_grads=True)
-    return {"out": out.detach(), **dict(zip(tensors, grads, strict=True))}
+def assert_equal(got: Tensors, want: Tensors) -> None:
+    """Bit for bit."""
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
 
-from support.cases import Case
-from xattn_ops import digest_attention
+from support.cases import Case, Tensors
+from support.description import Description, param
+from support.modules import OnMap
+from xattn_ops import DigestAttention, digest_attention
 from xattn_ops.digest import digest_attention_reference
 
 
@@ -32,12 +37,10 @@ def digest(
     if M is not None and digest_bias:
         shapes["digest_bias"] = (num_heads, M)
     options |= {"num_heads": num_heads, "grid": grid, "num_prefix_tokens": prefix}
-    return Case(digest_attention, digest_attention_reference, shapes, (B, N, C), options)
+    return Case(digest_attention, digest_attention_reference, shapes, {"out": (B, N, C)}, options)
 
 
-def _case(id: str, *args: Any, **kwargs: Any) -> Any:
-    return pytest.param(digest(*args, **kwargs), id=id)
-
+_case = param(digest)
 
 SMALL = digest(2, (3, 5), 2, 4, M=3, prefix=1)
 
@@ -93,3 +96,111 @@ DROPOUT = [
     _case("dropout_nearly_all", 2, (7, 7), 1, 8, M=4, dropout_p=0.999),
     _case("dropout_empty_batch", 0, (7, 7), 2, 8, M=4, dropout_p=0.5),
 ]
+
+
+def by_loops(case: Case, tensors: Tensors) -> Tensor:
+    """The definition, token by token; shares nothing with the reference."""
+    qkv, digest_kv, table, digest_bias = tensors.values()
+    B, N, C3 = qkv.shape
+    heads, (_, gw) = case.options["num_heads"], case.options["grid"]
+    prefix, C, D = case.options["num_prefix_tokens"], C3 // 3, C3 // 3 // heads
+    out = torch.empty(B, N, C, dtype=qkv.dtype)
+    for b, i, h in ((b, i, h) for b in range(B) for i in range(N) for h in range(heads)):
+        q = qkv[b, i, h * D : h * D + D]
+        logits, values = [], []
+        for j in range(N):
+            k, v = (qkv[b, j, part * C + h * D : part * C + h * D + D] for part in (1, 2))
+            bias = 0.0
+            if i >= prefix and j >= prefix:
+                (y, x), (ky, kx) = divmod(i - prefix, gw), divmod(j - prefix, gw)
+                bias = table[h, abs(y - ky) * gw + abs(x - kx)]
+            logits.append(q @ k / math.sqrt(D) + bias)
+            values.append(v)
+        for m in range(digest_kv.shape[1]):
+            k, v = (digest_kv[b, m, part * C + h * D : part * C + h * D + D] for part in (0, 1))
+            logits.append(q @ k / math.sqrt(D) + digest_bias[h, m])
+            values.append(v)
+        out[b, i, h * D : h * D + D] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return out
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    return digest(
+        draw(st.integers(0, 3)),
+        (draw(st.integers(1, 12)), draw(st.integers(1, 12))),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 20)),
+        M=draw(st.sampled_from([None, 0, 1, 5, 16, 40])),
+        prefix=draw(st.integers(0, 3)),
+        table=draw(st.booleans()),
+        digest_bias=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, 0.0, 0.3, -1.0])),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.25])),
+    )
+
+
+class DigestOnMap(OnMap):
+    """DigestAttention, which has a size of its own, with some of the tokens as digests."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(DigestAttention(8, 2, (5, 8), 4, num_prefix_tokens=1, **options))
+
+    def of_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.module(tokens, tokens[:, 3::10])
+
+
+DESCRIPTION = Description(
+    name="digest",
+    small=SMALL,
+    cases=CASES,
+    dropout=DROPOUT,
+    random=random_cases(),
+    isa=[
+        "cabvit_stage4",
+        "prefix_2",
+        "nothing",
+        "one_token_one_digest",
+        "tall_37x2",
+        "two_chunks",
+        "split_queries",
+        "head_dim_33",
+        "dropout_prefix",
+        "dropout_two_chunks",
+    ],
+    definition=by_loops,
+    defined=[
+        _case("grid", 2, (3, 4), 2, 3, M=2),
+        _case("prefix", 1, (4, 2), 1, 2, M=5, prefix=2),
+    ],
+    half=digest(1, (3, 4), 2, 4, M=3),
+    gradcheck=[
+        _case("grid", 1, (2, 3), 2, 1, M=2),
+        _case("prefix", 2, (2, 2), 1, 2, M=1, prefix=1),
+        _case("dropout", 1, (3, 2), 1, 2, M=2, dropout_p=0.4),
+        _case("scale_zero", 1, (3, 2), 1, 2, M=2, scale=0.0),
+    ],
+    twice=digest(1, (2, 3), 1, 2, M=2, prefix=1),
+    strided=[
+        _case("prefix", 2, (5, 4), 2, 8, M=6, prefix=1),
+        _case("grid", 2, (5, 7), 2, 8, M=3),
+    ],
+    steady=[
+        _case("dropout", 3, (14, 14), 3, 32, M=16, prefix=1, dropout_p=0.2),
+        _case("batch_1", 1, (14, 14), 2, 32, M=16),
+        _case("batch_3", 3, (9, 7), 3, 16, M=5, prefix=1),
+        _case("split_queries", 1, (20, 17), 1, 16, M=9),
+        _case("two_chunks", 1, (24, 25), 1, 16, M=9),
+    ],
+    extreme=[  # of thousands
+        _case(f"{name}-{scale:g}", B, grid, 2, 8, M=4, scale=scale)
+        for name, B, grid in (("one_chunk", 8, (7, 7)), ("two_chunks", 1, (24, 25)))
+        for scale in (50.0, -50.0)
+    ],
+    large=digest(1, (64, 64), 2, 8, M=8),  # weights of 134 MB
+    scratch=16 << 20,
+    module=DigestOnMap,
+    drops=("attn_drop", "proj_drop"),
+    one_size=True,
+    of_size=lambda B, H, W: digest(B, (H, W), 2, 4, M=H + 3, prefix=1),
+)

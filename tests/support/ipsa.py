@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
 
-from support.cases import Case
-from xattn_ops import inner_patch_attention
+from support.cases import Case, Tensors
+from support.description import Description, param
+from xattn_ops import InnerPatchAttention, inner_patch_attention
 from xattn_ops.ipsa import inner_patch_attention_reference
 
 
@@ -29,14 +33,11 @@ def ipsa(
     if pad:
         shapes["pad_qkv"] = (3 * C,)
     options |= {"num_heads": num_heads, "window": window}
-    return Case(
-        inner_patch_attention, inner_patch_attention_reference, shapes, (B, H, W, C), options
-    )
+    outs = {"out": (B, H, W, C)}
+    return Case(inner_patch_attention, inner_patch_attention_reference, shapes, outs, options)
 
 
-def _case(id: str, *args: Any, **kwargs: Any) -> Any:
-    return pytest.param(ipsa(*args, **kwargs), id=id)
-
+_case = param(ipsa)
 
 SMALL = ipsa(2, 5, 8, 2, 4, window=(2, 3), shift=(1, 2))
 
@@ -88,3 +89,107 @@ DROPOUT = [
     _case("dropout_no_bias", 1, 7, 10, 2, 8, bias=False, pad=False, dropout_p=0.5),
     _case("dropout_empty_batch", 0, 7, 7, 2, 8, dropout_p=0.5),
 ]
+
+
+def by_loops(case: Case, tensors: Tensors) -> Tensor:
+    """The definition, pixel by pixel; shares nothing with the reference."""
+    qkv, table, pad = tensors["qkv"], tensors["bias_table"], tensors["pad_qkv"]
+    B, H, W, C3 = qkv.shape
+    heads, (wh, ww) = case.options["num_heads"], case.options["window"]
+    sh, sw = case.options.get("shift", (0, 0))
+    C, D = C3 // 3, C3 // 3 // heads
+    Hp, Wp = math.ceil(H / wh) * wh, math.ceil(W / ww) * ww
+
+    def place(y: int, x: int) -> tuple[int, int, bool, bool]:
+        """Row and column after the roll, and whether they went around the edge."""
+        return (y - sh) % Hp, (x - sw) % Wp, y < sh, x < sw
+
+    out = torch.empty(B, H, W, C, dtype=qkv.dtype)
+    for b, y, x, h in (
+        (b, y, x, h) for b in range(B) for y in range(H) for x in range(W) for h in range(heads)
+    ):
+        ry, rx, *around = place(y, x)
+        logits, values = [], []
+        for ky, kx in ((ky, kx) for ky in range(Hp) for kx in range(Wp)):
+            rky, rkx, *key_around = place(ky, kx)
+            if (rky // wh, rkx // ww) != (ry // wh, rx // ww) or key_around != around:
+                continue
+            token = qkv[b, ky, kx] if ky < H and kx < W else pad
+            row = (ry - rky + wh - 1) * (2 * ww - 1) + rx - rkx + ww - 1
+            q, k = qkv[b, y, x, h * D : h * D + D], token[C + h * D : C + h * D + D]
+            logits.append(q @ k / math.sqrt(D) + table[row, h])
+            values.append(token[2 * C + h * D : 2 * C + h * D + D])
+        out[b, y, x, h * D : h * D + D] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return out
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> Case:
+    size = st.integers(1, 5)
+    window = (draw(size), draw(size))
+    shift = (draw(st.integers(0, window[0] - 1)), draw(st.integers(0, window[1] - 1)))
+    return ipsa(
+        draw(st.integers(0, 3)),
+        draw(st.integers(1, 12)),
+        draw(st.integers(1, 12)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 20)),
+        window=window,
+        bias=draw(st.booleans()),
+        pad=draw(st.booleans()),
+        shift=shift,
+        scale=draw(st.sampled_from([None, 0.0, 0.3, -1.0])),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.25])),
+    )
+
+
+DESCRIPTION = Description(
+    name="ipsa",
+    small=SMALL,
+    cases=CASES,
+    dropout=DROPOUT,
+    random=random_cases(),
+    isa=[
+        "padded_9x16",
+        "shift_padded",
+        "rectangular_5x2_shift_3x1",
+        "no_bias_no_pad",
+        "window_8",
+        "head_dim_17",
+        "head_dim_5",
+        "dropout",
+    ],
+    definition=by_loops,
+    defined=[
+        _case("padded", 2, 5, 7, 2, 3, window=(2, 3)),
+        _case("shifted", 1, 6, 6, 1, 4, window=(3, 2), shift=(2, 1)),
+        _case("padded_shifted", 1, 5, 7, 2, 2, window=(3, 4), shift=(1, 3)),
+        _case("one_window_shifted", 1, 3, 2, 1, 2, window=(4, 5), shift=(3, 2)),
+    ],
+    half=ipsa(1, 4, 5, 2, 4, window=(2, 3)),
+    gradcheck=[
+        _case("padded", 1, 3, 4, 2, 1, window=(2, 3)),
+        _case("shifted", 1, 3, 4, 1, 2, window=(3, 2), shift=(1, 1)),
+        _case("dropout", 1, 3, 3, 1, 2, window=(2, 2), dropout_p=0.4),
+        _case("scale_zero", 1, 3, 3, 1, 2, window=(2, 2), scale=0.0),
+    ],
+    twice=ipsa(1, 3, 4, 1, 2, window=(2, 3), shift=(1, 1)),
+    strided=[
+        _case("padded_shifted", 2, 9, 8, 2, 8, window=(4, 3), shift=(1, 2)),
+        _case("window_7", 2, 9, 8, 2, 8, shift=(3, 3)),
+    ],
+    steady=[
+        _case("dropout", 3, 16, 17, 3, 32, shift=(3, 3), dropout_p=0.2),
+        _case("batch_1", 1, 14, 14, 2, 32),
+        _case("batch_3", 3, 16, 17, 3, 16, shift=(3, 3)),
+    ],
+    extreme=[  # of thousands
+        _case("50", 16, 9, 10, 2, 8, scale=50.0),
+        _case("-50", 16, 9, 10, 2, 8, scale=-50.0),
+    ],
+    large=ipsa(1, 224, 224, 2, 8),  # weights of 20 MB
+    scratch=3 << 20,
+    module=lambda **options: InnerPatchAttention(8, 2, (2, 3), (1, 2), **options),
+    drops=("attn_drop", "proj_drop"),
+    of_size=lambda B, H, W: ipsa(B, H, W, 2, 4, (2, 3)),
+)

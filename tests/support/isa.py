@@ -1,138 +1,80 @@
-"""Runs the small matrix of an operator under one instruction set, in a process of its own.
+"""A process under one instruction set, which runs the small matrix of any operator.
 
-The native library picks its kernels once, when it is loaded: `python -m support.isa ipsa` with
-XATTN_ISA in the environment prints the instruction set that served.
+The native library picks its kernels once, when it is loaded: `python -m support.isa` with XATTN_ISA
+in the environment prints the instruction set that serves, then an answer for each operator that is
+named on a line of its input: what failed, or an empty line.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+import torch
 
-ISAS = ["generic", "avx2", "avx512"]
+ISAS = ["generic", "avx2", "avx512", "avx512_bf16"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on busy cores, waiting threads cost more than the work
-CASES = {  # operator -> the lists that hold its cases
-    "ipsa": ("ipsa", "CASES", "DROPOUT"),
-    "cpsa": ("cpsa", "CASES", "DROPOUT"),
-    "convrel": ("convrel", "CASES"),
-    "convpos": ("convrel", "POSITION_CASES"),
-    "clsattn": ("clsattn", "CASES", "DROPOUT"),
-    "digest": ("digest", "CASES", "DROPOUT"),
-}
 # glibc fills what malloc returns with bytes 0x7f, a huge number or NaN in every format: so the
 # kernels' scratch memory, which torch does not see, is poisoned as well.
 POISON = {"MALLOC_PERTURB_": "128"}
-SMALL_MATRIX = {
-    "ipsa": [
-        "padded_9x16",
-        "shift_padded",
-        "rectangular_5x2_shift_3x1",
-        "no_bias_no_pad",
-        "window_8",
-        "head_dim_17",
-        "head_dim_5",
-        "dropout",
-    ],
-    "cpsa": [
-        "padded_9x16",
-        "cat_stage4_one_token",
-        "channels_33",
-        "channels_17",
-        "heads_7",
-        "rectangular_5x2",
-        "no_bias",
-        "dropout",
-    ],
-    "convrel": [
-        "coat_lite_stage1",
-        "coat_lite_stage2",
-        "coat_tiny",
-        "head_dim_5",
-        "head_dim_70",
-        "prefix_3",
-        "window_larger_than_the_grid",
-        "windows_1_3_5_7_9",
-        "groups_inside_a_vector",
-        "no_relative_term_odd",
-        "no_bias_odd",
-    ],
-    "convpos": [
-        "coat_tiny",
-        "channels_17",
-        "prefix_3",
-        "window_7",
-        "window_larger_than_the_grid",
-        "no_bias_odd",
-    ],
-    "clsattn": [
-        "crossvit_15_small",
-        "crossvit_18",
-        "no_norm",
-        "norm_without_shift",
-        "no_bias_no_norm",
-        "one_patch",
-        "patches_17",
-        "heads_5",
-        "head_dim_19",
-        "dropout",
-        "dropout_odd",
-    ],
-    "digest": [
-        "cabvit_stage4",
-        "prefix_2",
-        "nothing",
-        "one_token_one_digest",
-        "tall_37x2",
-        "two_chunks",
-        "split_queries",
-        "head_dim_33",
-        "dropout_prefix",
-        "dropout_two_chunks",
-    ],
-}
+TESTS = Path(__file__).parents[1]
 
 
-def check_isa(operator: str, isa: str) -> None:
-    """Skips where this processor has no such instructions."""
-    served = subprocess.run(
-        [sys.executable, "-m", "support.isa", operator],
+@contextmanager
+def process(isa: str) -> Iterator[subprocess.Popen]:
+    """It ends when its input does."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "support.isa"],
         env=os.environ
         | {"XATTN_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
         | ONE_THREAD
         | POISON,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
+        cwd=TESTS,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
-    assert served.returncode == 0, served.stderr
-    if served.stdout.strip() != isa:
-        pytest.skip(f"this processor has no {isa}")
+    ) as worker:
+        yield worker
 
 
-def main(operator: str) -> None:
-    import importlib
+def answer(worker: subprocess.Popen, operator: str = "") -> str:
+    """To the name of an operator; without one, the line that comes by itself."""
+    if operator:
+        print(operator, file=worker.stdin, flush=True)
+    line = worker.stdout.readline()
+    assert line, f"the process died with {worker.wait()}"
+    return json.loads(line)
 
-    import torch
 
+def failure(operator: str) -> str:
+    """What is wrong with an operator's small matrix under the instruction set that serves here."""
+    from support.operators import OPERATORS
     from support.oracle import check_against_float64
+
+    described = OPERATORS[operator]
+    cases = {given.id: given.values[0] for given in [*described.cases, *described.dropout]}
+    for id in described.isa:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            try:
+                check_against_float64(cases[id], dtype, "cpu")
+            except Exception as error:
+                return f"{id}, {dtype}: {error!r}"
+    return ""
+
+
+def main() -> None:
     from xattn_ops import _library
 
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN, as in conftest.py
-    name, *lists = CASES[operator]
-    module = importlib.import_module(f"support.{name}")
-    cases = {param.id: param.values[0] for list_ in lists for param in getattr(module, list_)}
-    for name in SMALL_MATRIX[operator]:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            try:
-                check_against_float64(cases[name], dtype, "cpu")
-            except AssertionError as error:
-                raise AssertionError(f"{name}, {dtype}: {error}") from None
-    print(_library.isa())
+    print(json.dumps(_library.isa()), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(failure(line.strip())), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

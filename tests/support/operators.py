@@ -1,106 +1,75 @@
-"""The operators as the tests of PyTorch's rules see them: one small case and one module each."""
+"""The operators, and how a test runs for each of them or for each of their cases."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from support import clsattn, convrel, cpsa, digest, ipsa
-from support.cases import BACKENDS, Case
-from xattn_ops import (
-    ClsCrossAttention,
-    ConvPositionEncoding,
-    ConvRelativeAttention,
-    CrossPatchAttention,
-    DigestAttention,
-    InnerPatchAttention,
-)
+from support import clsattn, convpos, convrel, cpsa, digest, ipsa, merge
+from support.cases import Case
+from support.description import Description
 
-OPERATORS = {
-    "ipsa": ipsa.SMALL,
-    "cpsa": cpsa.SMALL,
-    "digest": digest.SMALL,
-    "convrel": convrel.SMALL,
-    "convpos": convrel.SMALL_POSITION,
-    "clsattn": clsattn.SMALL,
+OPERATORS: dict[str, Description] = {
+    operator.name: operator
+    for operator in (
+        ipsa.DESCRIPTION,
+        cpsa.DESCRIPTION,
+        digest.DESCRIPTION,
+        merge.DESCRIPTION,
+        convrel.DESCRIPTION,
+        convpos.DESCRIPTION,
+        clsattn.DESCRIPTION,
+    )
 }
+SMALL = {name: operator.small for name, operator in OPERATORS.items()}
 WITH_DROPOUT = {
-    name: OPERATORS[name].with_options(dropout_p=0.4)
-    for name in ("ipsa", "cpsa", "digest", "clsattn")
+    name: operator.small.with_options(dropout_p=0.4)
+    for name, operator in OPERATORS.items()
+    if operator.dropout
 }
-
-
-class OnMap(nn.Module):
-    """A module of tokens as one of maps [B, H, W, C]: puts a prefix token first, drops it after."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = torch.cat([x.mean((1, 2))[:, None], x.flatten(1, 2)], 1)
-        grid = x.shape[1], x.shape[2]
-        return self.attend(tokens, grid)[:, 1:].unflatten(1, grid)
-
-    def attend(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.module(tokens, grid)
-
-
-class OfCls(nn.Module):
-    """A module of a CLS token and patches as one of maps: every pixel is what CLS takes."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        cls = x.mean((1, 2))[:, None]
-        return self.module(cls, x.flatten(1, 2), self.norm)[:, None].expand(x.shape)
-
-
-class DigestOnMap(OnMap):
-    """DigestAttention, which has a size of its own, with some of the tokens as digests."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(DigestAttention(8, 2, (5, 8), 4, num_prefix_tokens=1, **options))
-
-    def attend(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.module(tokens, tokens[:, 3::10])
-
-
-MODULES: dict[str, Callable[..., nn.Module]] = {  # all take [B, 5, 8, 8]
-    "ipsa": lambda **options: InnerPatchAttention(8, 2, (2, 3), (1, 2), **options),
-    "cpsa": lambda **options: CrossPatchAttention((2, 3), **options),
-    "digest": DigestOnMap,
-    "convrel": lambda **options: OnMap(
-        ConvRelativeAttention(8, 2, windows={3: 1, 5: 1}, **options)
-    ),
-    "convpos": lambda **options: OnMap(ConvPositionEncoding(8, **options)),
-    "clsattn": lambda **options: OfCls(ClsCrossAttention(8, 2, **options)),
-}
-OF_ONE_SIZE = {"digest"}  # modules with a parameter for each token of the map
+MODULES = {name: operator.module for name, operator in OPERATORS.items()}
 
 operators = pytest.mark.parametrize("op", list(OPERATORS))
 droppers = pytest.mark.parametrize("op", list(WITH_DROPOUT))
-backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def positional(case: Case, **options: Any) -> tuple[Callable[..., Tensor], list[str]]:
-    """The function of its tensors alone, by position, and their names."""
+def of(
+    *fields: str,
+    among: Iterable[str] = OPERATORS,
+    few: bool = False,
+    without: Collection[str] = (),
+) -> pytest.MarkDecorator:
+    """A test of (op, case): for each operator, each case in these fields of its description.
+
+    among: the operators. few: only the cases that run under every ISA. without: ids, "op-case".
+    """
+    return pytest.mark.parametrize(
+        ("op", "case"),
+        [
+            pytest.param(name, *given.values, id=f"{name}-{given.id}")
+            for name in among
+            for field in fields
+            for given in getattr(OPERATORS[name], field)
+            if not few or given.id in OPERATORS[name].isa
+            if f"{name}-{given.id}" not in without
+        ],
+    )
+
+
+def positional(
+    case: Case, function: Callable[..., Any] | None = None, **options: Any
+) -> tuple[Callable[..., Any], list[str]]:
+    """The function of its tensors alone, by position, and their names.
+
+    It returns a tensor, or a tuple of them where the operator has several outputs.
+    """
     names = list(case.shapes)
 
-    def function(*tensors: Tensor) -> Tensor:
-        return case.function(**dict(zip(names, tensors, strict=True)), **case.options, **options)
+    def call(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outs = case.outputs(dict(zip(names, tensors, strict=True)), function, **options)
+        return outs[0] if len(outs) == 1 else tuple(outs)
 
-    return function, names
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], **tolerance: float) -> None:
-    assert got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(
-            got[name], want[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance
-        )
+    return call, names

@@ -6,42 +6,45 @@ reference in the same dtype, plus a floor for cases in which the reference happe
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from support.cases import Case, run
+from support.cases import Case, Tensors
 
 
 def check_against_float64(
     case: Case,
     dtype: torch.dtype,
     backend: str,
-    seed: int | None = None,
-    tensors: dict[str, Tensor] | None = None,
+    seed: int = 0,
+    tensors: Tensors | None = None,
+    grad_outs: Sequence[Tensor] | None = None,
 ) -> None:
     """Forward and all gradients of one case.
 
-    seed: of the dropout, where the case has some. tensors: other inputs than the case's own.
+    seed: of the dropout, where the case has some. tensors, grad_outs: others than the case's own.
     """
-    tensors, grad_out = tensors or case.tensors(dtype), case.grad_out(dtype)
+    tensors = tensors or case.tensors(dtype)
+    grad_outs = grad_outs or case.grad_outs(dtype)
     wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
-    calls: dict[str, Any] = {
-        "exact": lambda: run(case.reference, wide, grad_out.double(), **case.options),
-        "formula": lambda: run(case.reference, tensors, grad_out, **case.options),
-        "got": lambda: run(case.function, tensors, grad_out, backend=backend, **case.options),
+    calls = {
+        "exact": lambda: case.run(wide, [g.double() for g in grad_outs], case.reference),
+        "formula": lambda: case.run(tensors, grad_outs, case.reference),
+        "got": lambda: case.run(tensors, grad_outs, backend=backend),
     }
     results = {}
     for name, call in calls.items():
-        torch.manual_seed(0 if seed is None else seed)  # the same dropout in all three
+        torch.manual_seed(seed)  # the same dropout in all three
         results[name] = call()
     for name, exact in results["exact"].items():
         exact = torch.zeros_like(exact) if name in case.zero else exact
-        check_close(name, results["got"][name], results["formula"][name], exact)
+        times = 2 if name in case.outs else 3
+        check_close(name, results["got"][name], results["formula"][name], exact, times)
 
 
-def check_close(name: str, got: Tensor, formula: Tensor, exact: Tensor) -> None:
+def check_close(name: str, got: Tensor, formula: Tensor, exact: Tensor, times: int = 2) -> None:
     """One tensor under the tolerance; infinities and NaN must stand in the same places."""
     assert got.shape == exact.shape, f"{name}: shape {got.shape}, not {exact.shape}"
     assert got.dtype == formula.dtype, f"{name}: dtype {got.dtype}, not {formula.dtype}"
@@ -54,10 +57,20 @@ def check_close(name: str, got: Tensor, formula: Tensor, exact: Tensor) -> None:
         return
     error = ((got.double() - exact)[keep]).abs()
     allowed = ((formula.double() - exact)[keep]).abs().max().item()
-    allowed = allowed * (2 if name == "out" else 3) + floor(got.dtype, exact[keep])
+    allowed = allowed * times + floor(got.dtype, exact[keep])
     worst = error.max().item()
     where = keep.nonzero()[error.argmax()].tolist()
     assert worst <= allowed, f"{name}{where}: error {worst:.3g} is above {allowed:.3g}"
+
+
+def check_nan_stays_in_its_image(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """NaN in the second image of the activation leaves the first one's results as they are."""
+    tensors = case.tensors(dtype, requires_grad=False)
+    clean = case.outputs(tensors, backend=backend)
+    next(iter(tensors.values()))[1] = torch.nan
+    for out, before in zip(case.outputs(tensors, backend=backend), clean, strict=True):
+        assert torch.equal(out[0], before[0])
+        assert out[1].isnan().any()
 
 
 def floor(dtype: torch.dtype, exact: Tensor) -> float:

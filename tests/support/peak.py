@@ -1,8 +1,8 @@
-"""Peak memory of a training step of conv_relative_attention, in a process of its own.
+"""Peak memory of a training step of an operator, in a process of its own.
 
-`python -m support.peak 128 128` prints two numbers of bytes for an image of that many tokens: what
-the kernels take beyond their operands, and what of it are the results. The mark is that of the
-resident set, so the kernels' scratch counts too.
+`python -m support.peak convrel` prints two numbers of bytes for the operator's large case: what the
+kernels take beyond their operands, and what of it are the results. The mark is that of the resident
+set, so the kernels' scratch counts too.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.isa import ONE_THREAD
+from support.isa import ONE_THREAD, TESTS
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-HEADS, D = 8, 8
 
 
-def peak_of_step(rows: int, columns: int) -> tuple[int, int]:
-    """Bytes beyond the operands, and bytes of the output and the gradients."""
+def peak_of_step(operator: str) -> tuple[int, int]:
+    """Bytes beyond the operands, and bytes of the outputs and the gradients."""
     served = subprocess.run(
-        [sys.executable, "-m", "support.peak", str(rows), str(columns)],
+        [sys.executable, "-m", "support.peak", operator],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), **ONE_THREAD},
-        cwd=Path(__file__).parents[1],
+        cwd=TESTS,
         capture_output=True,
         text=True,
     )
@@ -40,27 +39,26 @@ def resident(mark: str) -> int:
     return int(found[1]) * 1024
 
 
-def main(rows: int, columns: int) -> None:
+def main(operator: str) -> None:
     import torch
 
-    from support.cases import run
-    from support.convrel import coat, convrel
+    from support.cases import Case, Tensors
+    from support.operators import OPERATORS
 
-    def operands(*grid: int):
-        case = convrel(1, grid, HEADS, D, *coat(HEADS, D))
+    def operands(case: Case) -> tuple[Tensors, list[torch.Tensor]]:
         tensors = {name: torch.ones(shape) for name, shape in case.shapes.items()}
-        return case, {n: t.requires_grad_() for n, t in tensors.items()}, torch.ones(case.out_shape)
+        grad_outs = [torch.ones(shape) for shape in case.outs.values()]
+        return {name: t.requires_grad_() for name, t in tensors.items()}, grad_outs
 
-    def step(case, tensors, grad_out):
-        return run(case.function, tensors, grad_out, backend="cpu", **case.options)
-
-    step(*operands(8, 8))  # code and thread pools
-    case, tensors, grad_out = operands(rows, columns)
+    described = OPERATORS[operator]
+    small, large = described.of_size(1, 8, 8), described.large
+    small.run(*operands(small), backend="cpu")  # code and thread pools
+    given = operands(large)
     before = resident("VmRSS")
     CLEAR.write_text("5")
-    results = step(case, tensors, grad_out)
+    results = large.run(*given, backend="cpu")
     print(resident("VmHWM") - before, sum(t.nbytes for t in results.values()))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1])

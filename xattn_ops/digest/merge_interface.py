@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, serve
-from .._registration import apply, autocast, backward_once, missing, register
+from .._backend import choose, kernels, serve, triton
+from .._registration import apply, asked_for, autocast, backward_once, missing, register
 from .merge_reference import token_merge_enhance_reference
 
 
@@ -61,7 +61,7 @@ def token_merge_enhance(
         return token_merge_enhance_reference(
             *tensors, grid=(rows, columns), stride=stride, num_prefix_tokens=num_prefix_tokens
         )
-    digests, enhanced = apply(_TokenMergeEnhance, *tensors, options)
+    digests, enhanced = apply(_TokenMergeEnhance, *tensors, kernels(chosen), options)
     return (None if merge_weight is None else digests), enhanced
 
 
@@ -80,26 +80,24 @@ class _TokenMergeEnhance(torch.autograd.Function):
         merge_weight: Tensor | None,
         enhance_weight: Tensor,
         enhance_bias: Tensor | None,
+        ops: Any,
         options: tuple[int, int, int, int],
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.xattn_ops.merge_fwd(
-            x, merge_weight, enhance_weight, enhance_bias, *options
-        )
+        return ops.merge_fwd(x, merge_weight, enhance_weight, enhance_bias, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.options = inputs
+        *tensors, ctx.ops, ctx.options = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grad_out):
-            return (None,) * 5
+            return (None,) * 6
         args = (*grad_out, *ctx.saved_tensors, *ctx.options)
-        grads = backward_once(torch.ops.xattn_ops.merge_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None)
+        grads = backward_once(ctx.ops.merge_bwd, *args)
+        return asked_for(ctx, grads)
 
 
 def _plan(
@@ -162,7 +160,11 @@ def _backward_flops(
     return 2 * 2 * (merged * (grad_digests is not None) + enhanced * (grad_enhanced is not None))
 
 
-serve("token_merge_enhance", cpu=lambda call: missing("merge_fwd", "merge_bwd"))
+serve(
+    "token_merge_enhance",
+    cpu=lambda call: missing("merge_fwd", "merge_bwd"),
+    triton=triton("xattn_ops.digest.triton_merge"),
+)
 register(
     "merge_fwd",
     batched=("x",),

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, serve
+from .._backend import choose, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
+    asked_for,
     autocast,
     backward_once,
     missing,
@@ -80,7 +81,7 @@ def inner_patch_attention(
             dropout_p=dropout_p,
             seed=seed,
         )
-    return apply(_InnerPatchAttention, qkv, bias_table, pad_qkv, seed, options)
+    return apply(_InnerPatchAttention, qkv, bias_table, pad_qkv, seed, kernels(chosen), options)
 
 
 class _InnerPatchAttention(torch.autograd.Function):
@@ -94,21 +95,21 @@ class _InnerPatchAttention(torch.autograd.Function):
         bias_table: Tensor | None,
         pad_qkv: Tensor | None,
         seed: Tensor | None,
+        ops: Any,
         options: tuple[Any, ...],
     ) -> Tensor:
-        return torch.ops.xattn_ops.ipsa_fwd(qkv, bias_table, pad_qkv, seed, *options)
+        return ops.ipsa_fwd(qkv, bias_table, pad_qkv, seed, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-1])
-        ctx.options = inputs[-1]
+        *tensors, ctx.ops, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
-        grads = backward_once(torch.ops.xattn_ops.ipsa_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None)
+        grads = backward_once(ctx.ops.ipsa_bwd, *args)
+        return asked_for(ctx, grads)
 
 
 def _plan(
@@ -145,7 +146,11 @@ def _macs(qkv: tuple[int, ...], wh: int, ww: int) -> int:
     return B * -(-H // wh) * -(-W // ww) * (wh * ww) ** 2 * (C3 // 3)
 
 
-serve("inner_patch_attention", cpu=lambda call: missing("ipsa_fwd", "ipsa_bwd"))
+serve(
+    "inner_patch_attention",
+    cpu=lambda call: missing("ipsa_fwd", "ipsa_bwd"),
+    triton=triton("xattn_ops.ipsa.triton_backward"),
+)
 register(
     "ipsa_fwd",
     batched=("qkv",),

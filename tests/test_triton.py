@@ -1,0 +1,120 @@
+"""The Triton kernels under Triton's interpreter, and what the compilers make of them.
+
+tests/conftest.py turns the interpreter on where there is no GPU, so that they take CPU tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.cases import Case, assert_equal
+from support.operators import SMALL, of
+from support.oracle import check_against_float64, check_nan_stays_in_its_image
+
+from xattn_ops import _backend, explain
+
+pytest.importorskip("triton", reason="Triton is not installed")
+KERNELS = ("ipsa", "digest", "merge", "convrel", "convpos")  # operators that have Triton kernels
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here, not interpreted"
+)
+kernels = pytest.mark.parametrize("op", KERNELS)
+TOO_LARGE = {  # for the interpreter; other cases take the same ways through the kernels
+    *(f"convrel-{id}" for id in ("coat_lite_stage2", "coat_lite_stage4", "coat_tiny", "coat_mini")),
+    *(f"digest-{id}" for id in ("three_chunks", "two_chunks", "dropout_two_chunks")),
+    *(f"digest-two_chunks-{id}" for id in ("50", "-50")),
+    *(f"merge-{id}" for id in ("cabvit_stage3", "cabvit_h_l2_stage3", "many_tokens")),
+}
+FLOATS = [
+    pytest.param(torch.float32, id="f32"),
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="f16"),
+]
+
+
+@interpreted
+@of("cases", "dropout", among=KERNELS, without=TOO_LARGE)
+def test_against_float64(op: str, case: Case) -> None:
+    check_against_float64(case, torch.float32, "triton", seed=5)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@of("extreme", among=KERNELS, without=TOO_LARGE)
+def test_extreme_logits(op: str, case: Case, dtype: torch.dtype) -> None:
+    """In the short formats: in float32 a logit of hundreds is exact or not by the order of a sum,
+    and where the reference happens to be exact no other order could follow it."""
+    check_against_float64(case, dtype, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@of("cases", "dropout", among=KERNELS, without=TOO_LARGE, few=True)
+def test_short_formats_against_float64(op: str, case: Case, dtype: torch.dtype) -> None:
+    check_against_float64(case, dtype, "triton", seed=5)
+
+
+@interpreted
+@kernels
+def test_twice_bitwise_equal(op: str) -> None:
+    case = SMALL[op]
+    tensors, grads = case.tensors(torch.float32), case.grad_outs(torch.float32)
+    assert_equal(*(case.run(tensors, grads, backend="triton") for _ in range(2)))
+
+
+@interpreted
+@kernels
+def test_nan_stays_in_its_image(op: str) -> None:
+    check_nan_stays_in_its_image(SMALL[op], torch.float32, "triton")
+
+
+@interpreted
+@kernels
+def test_float64_is_refused(op: str) -> None:
+    case = SMALL[op]
+    tensors = case.tensors(torch.float64, requires_grad=False)
+    message = "its Triton kernels take float32, bfloat16 or float16, got float64"
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot serve .*{message}"):
+        case.outputs(tensors, backend="triton")
+    assert explain(case.function, **tensors, **case.options).refused["triton"] == message
+
+
+def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    why = _backend._triton_missing.__wrapped__("xattn_ops.no_such_room")
+    assert "its Triton kernels could not be loaded" in why
+    assert "install triton" in why
+
+
+# --------------------------------------------------------------------- compiled ahead of time
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, object]]:
+    """What `python -m xattn_ops kernels` reads from the binaries, for every kernel."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "xattn_ops", "kernels", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    rows: list[dict[str, object]] = json.loads(result.stdout)
+    return rows
+
+
+def test_every_architecture_compiles(compiled: list[dict[str, object]]) -> None:
+    seen = {(row["operator"], row["architecture"]) for row in compiled}
+    wanted = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+    assert seen == {(op, architecture) for op in KERNELS for architecture in wanted}
+
+
+def test_bounds_of_the_binaries(compiled: list[dict[str, object]]) -> None:
+    """No kernel breaks the bounds that the table states."""
+    assert [row for row in compiled if row["broken"]] == []
+    paper = [row for row in compiled if row["paper"] and row["products"]]
+    assert {row["dtype"] for row in paper} == {"bfloat16"}
+    assert all(row["matrix"] for row in paper)
+    assert all(row["spilled"] == 0 for row in paper if row["architecture"] == "sm_90")

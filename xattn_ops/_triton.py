@@ -1,0 +1,122 @@
+"""What the Triton kernels of all operators share.
+
+Only the `triton_kernels` of the operators import this file, and `_backend` imports those when a
+call asks for them: importing xattn_ops never loads Triton. Under TRITON_INTERPRET=1, set before
+Triton is loaded, the kernels run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+LOG2E = tl.constexpr(1.4426950408889634)  # softmax in powers of two: exp(x) = exp2(x * LOG2E)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a b, summed in float32. PRECISION ("ieee" or "tf32") matters for float32 alone."""
+    if INTERPRETED:  # numpy has no bfloat16, and sums products of float16 in float16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def keep_weights(seed, unit, query_blocks, keys, n_keys, threshold, keep_scale):
+    """Dropout of one tile of attention weights: keep_scale where a weight stays, 0 elsewhere.
+
+    The counters are those of `_dropout.keep_mask`: query_blocks [R] number four queries each,
+    keys [K]; the result is [4R, K].
+    """
+    state = tl.load(seed)
+    key_low = (state & 0xFFFFFFFF).to(tl.uint32)
+    key_high = ((state >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    place = (query_blocks[:, None] * n_keys + keys[None, :]).to(tl.uint32)
+    zero = place * 0
+    low = zero + (unit & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + ((unit >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(place, low, high, zero, key_low, key_high)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [R, K, low bit, high bit of the word]
+    words = words.permute(0, 3, 2, 1).reshape(4 * query_blocks.shape[0], keys.shape[0])
+    return tl.where(words.to(tl.int64) >= threshold, keep_scale, 0.0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it was launched with."""
+
+    kernel: Any
+    programs: int
+    warps: int
+    stages: int
+    arguments: dict[str, Any]
+
+
+_record: list[Launch] | None = None
+_target = "hip" if torch.version.hip else "cuda"
+
+
+def launch(
+    kernel: Any, programs: int, *, warps: int = 1, stages: int = 1, **arguments: Any
+) -> None:
+    """Launch on the card of the first tensor, or only note the launch inside `recording`.
+
+    programs: blocks of the grid; warps: of a block; stages: of loads ahead of their use in loops.
+    """
+    if _record is not None:
+        _record.append(Launch(kernel, programs, warps, stages, arguments))
+        return
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages)
+
+
+@contextmanager
+def recording(target: str) -> Iterator[list[Launch]]:
+    """Collects launches in place of running them: on meta tensors, what a call would launch on
+    cards of the target, "cuda" or "hip"."""
+    global _record, _target
+    before, _record, _target = _target, [], target
+    try:
+        yield _record
+    finally:
+        _record, _target = None, before
+
+
+def warps(dtype: torch.dtype, crowded: bool) -> int:
+    """Warps for a tile of 64 x 64 scores: 8 where those of 4 would spill, as masks (`crowded`) and
+    float32, which has no matrix instruction, make them. AMD's waves are twice as wide."""
+    return 8 if (crowded or dtype == torch.float32) and _target == "cuda" else 4
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are formed: as torch.backends.cuda.matmul says."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def power_of_two(size: int, least: int = 16) -> int:
+    """The smallest tile edge that holds `size`; matrix products need 16."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last axis is dense, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dropout_options(dropout_p: float) -> dict[str, Any]:
+    """What `keep_weights` needs besides the seed; the same for every operator."""
+    return {
+        "threshold": int(dropout_p * 2**32),
+        "keep_scale": 1 / (1 - dropout_p),
+        "DROPOUT": dropout_p > 0,
+    }

@@ -1,0 +1,297 @@
+"""What the compilers make of the Triton kernels, read from the binaries; needs no GPU.
+
+Each operator is called at shapes of its paper on tensors without memory; what it would launch is
+compiled for one architecture after the other. Registers, spills and shared memory come from the
+binary, matrix instructions and the width of loads from the assembly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KIB = 1024
+# The most shared memory that a block may ask for.
+SHARED_LIMIT = {
+    "sm_80": 163 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One kernel on one architecture."""
+
+    operator: str
+    call: str
+    paper: bool  # at a shape of the operator's paper
+    kernel: str
+    architecture: str
+    dtype: str
+    products: bool  # it multiplies matrices
+    warps: int
+    registers: int  # a thread
+    spilled: int  # bytes a thread
+    shared: int  # bytes a block
+    matrix: int  # instructions of tensor or matrix cores
+    loads: dict[int, int]  # bytes a load -> how many stand in the code
+
+    @property
+    def broken(self) -> list[str]:
+        """The bounds that it breaks, in words."""
+        short = self.dtype != "float32"
+        bounds = {
+            f"{self.shared} bytes of shared memory": self.shared > SHARED_LIMIT[self.architecture],
+            f"{self.shared} bytes of shared memory, too many for sm_80": self.paper
+            and short
+            and self.architecture == "sm_90"
+            and self.shared > SHARED_LIMIT["sm_80"],
+            f"{self.spilled} bytes spilled": self.paper
+            and short
+            and self.architecture == "sm_90"
+            and self.spilled > 0,
+            "no matrix instruction": self.products and short and not self.matrix,
+        }
+        return [reason for reason, breaks in bounds.items() if breaks]
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ipsa(
+    side: int, heads: int, head_dim: int, window: int, shift: int, dtype: torch.dtype
+) -> None:
+    from .ipsa.triton_backward import ipsa_bwd
+    from .ipsa.triton_kernels import ipsa_fwd
+
+    C = heads * head_dim
+    qkv, out = (_meta(128, side, side, n * C, dtype=dtype) for n in (3, 1))
+    table = _meta((2 * window - 1) ** 2, heads, dtype=dtype)
+    pad = None if side % window == 0 else _meta(3 * C, dtype=dtype)
+    options = (heads, window, window, shift, shift, head_dim**-0.5, 0.0)
+    ipsa_fwd(qkv, table, pad, None, *options)
+    ipsa_bwd(out, qkv, table, pad, None, *options)
+
+
+def _convrel(side: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    from .convrel.triton_backward import convrel_bwd
+    from .convrel.triton_kernels import convrel_fwd
+
+    C, N = heads * head_dim, 1 + side * side
+    windows, channels = [3, 5, 7], [C // 4, C * 3 // 8, C * 3 // 8]
+    qkv, out = (_meta(128, N, n * C, dtype=dtype) for n in (3, 1))
+    count = sum(k * k * c for k, c in zip(windows, channels, strict=True))
+    weight, bias = _meta(count, dtype=dtype), _meta(C, dtype=dtype)
+    options = (windows, channels, heads, side, side, 1, head_dim**-0.5)
+    out, state = convrel_fwd(qkv, weight, bias, *options)
+    convrel_bwd(out, qkv, weight, bias, state, *options)
+
+
+def _convpos(side: int, C: int, dtype: torch.dtype) -> None:
+    from .convrel.triton_encoding import convpos_bwd, convpos_fwd
+
+    x, weight = _meta(128, 1 + side * side, C, dtype=dtype), _meta(C, 1, 3, 3, dtype=dtype)
+    bias = _meta(C, dtype=dtype)
+    convpos_bwd(convpos_fwd(x, weight, bias, side, side, 1), x, weight, bias, side, side, 1)
+
+
+def _digest(side: int, digests: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    from .digest.triton_backward import digest_bwd
+    from .digest.triton_kernels import digest_fwd
+
+    N, C = side * side, heads * head_dim
+    qkv, out = (_meta(256, N, n * C, dtype=dtype) for n in (3, 1))
+    kv = _meta(256, digests, 2 * C, dtype=dtype)
+    table, bias = (_meta(heads, n, dtype=dtype) for n in (N, digests))
+    options = (heads, side, side, 0, head_dim**-0.5, 0.0)
+    _, stats = digest_fwd(qkv, kv, table, bias, None, *options)
+    digest_bwd(out, qkv, kv, table, bias, stats, None, *options)
+
+
+class Call(NamedTuple):
+    """A call of an operator, forward and backward; paper: at a shape of its paper."""
+
+    run: Callable[[torch.dtype], None]
+    paper: bool = True
+
+
+CALLS: dict[str, dict[str, Call]] = {
+    "ipsa": {
+        "56x56, 3 x 32": Call(lambda dtype: _ipsa(56, 3, 32, 7, 0, dtype)),
+        "14x14, 12 x 32": Call(lambda dtype: _ipsa(14, 12, 32, 7, 0, dtype)),
+        "7x7, 24 x 32": Call(lambda dtype: _ipsa(7, 24, 32, 7, 0, dtype)),
+        "shifted by 3": Call(lambda dtype: _ipsa(28, 6, 32, 7, 3, dtype)),
+        "padded": Call(lambda dtype: _ipsa(30, 6, 32, 7, 0, dtype)),
+        "padded, shifted": Call(lambda dtype: _ipsa(30, 6, 32, 7, 3, dtype), paper=False),
+        "window 12": Call(lambda dtype: _ipsa(24, 6, 32, 12, 6, dtype), paper=False),
+    },
+    "digest": {
+        "196 + 80, 6 x 32": Call(lambda dtype: _digest(14, 80, 6, 32, dtype)),
+        "49 + 4, 10 x 32": Call(lambda dtype: _digest(7, 4, 10, 32, dtype)),
+        "784 + 245, 3 x 64": Call(lambda dtype: _digest(28, 245, 3, 64, dtype), paper=False),
+    },
+    "convrel": {
+        "56x56, 8 x 8": Call(lambda dtype: _convrel(56, 8, 8, dtype)),
+        "14x14, 8 x 40": Call(lambda dtype: _convrel(14, 8, 40, dtype)),
+        "56x56, 8 x 19": Call(lambda dtype: _convrel(56, 8, 19, dtype)),
+        "28x28, 8 x 96": Call(lambda dtype: _convrel(28, 8, 96, dtype), paper=False),
+    },
+    "convpos": {
+        "56x56, 64": Call(lambda dtype: _convpos(56, 64, dtype)),
+        "56x56, 152": Call(lambda dtype: _convpos(56, 152, dtype)),
+    },
+}
+
+
+def figures(
+    operators: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[Figures]:
+    """Compile everything that these operators launch at the shapes of CALLS."""
+    from ._triton import INTERPRETED, recording
+
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
+    for operator in operators:
+        for (name, call), dtype, architecture in itertools.product(
+            CALLS[operator].items(), dtypes, architectures
+        ):
+            with recording("cuda" if architecture.startswith("sm_") else "hip") as launches:
+                call.run(DTYPES[dtype])
+            unique = {launch.kernel.__name__: launch for launch in launches}
+            for launch in unique.values():
+                kernel = launch.kernel.__name__.strip("_")
+                products = kernel.startswith(("forward", "backward"))
+                read = _compile(launch, architecture)
+                yield Figures(
+                    operator, name, call.paper, kernel, architecture, dtype, products, *read
+                )
+
+
+def _compile(launch: Any, architecture: str) -> tuple[int, int, int, int, int, dict[int, int]]:
+    """Warps, registers, bytes spilled and shared, matrix instructions, loads."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    nvidia = architecture.startswith("sm_")
+    target = GPUTarget("cuda", int(architecture[3:]), 32)
+    source = ASTSource(launch.kernel, *_signature(launch))
+    binary = triton.compile(
+        source,
+        target=target if nvidia else GPUTarget("hip", architecture, 64),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    registers, spilled, matrix, loads = (_read_nvidia if nvidia else _read_amd)(binary.asm)
+    return launch.warps, registers, spilled, binary.metadata.shared, matrix, loads
+
+
+def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """The types, the constants and the known divisors of a launch, as the compiler sees them."""
+    signature, constants, divisors = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (value == 1 if type(value) is int else False):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            signature[parameter.name] = "fp32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            divisors[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, divisors
+
+
+def _read_nvidia(asm: dict[str, Any]) -> tuple[int, int, int, dict[int, int]]:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(_only(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK"))
+    ptx = asm["ptx"]
+    matrix = len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx))
+    loads: dict[int, int] = {}
+    sizes = [
+        int(vector or 1) * int(bits) // 8
+        for vector, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    ]
+    sizes += [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\..*?, (0x\w+)", ptx)]
+    for size in sizes:
+        loads[size] = loads.get(size, 0) + 1
+    return registers, stack, matrix, loads
+
+
+def _read_amd(asm: dict[str, Any]) -> tuple[int, int, int, dict[int, int]]:
+    code = asm["amdgcn"]
+    registers = int(_only(r"\.vgpr_count:\s+(\d+)", code))
+    spilled = 4 * int(_only(r"\.vgpr_spill_count:\s+(\d+)", code))
+    loads: dict[int, int] = {}
+    widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+    for name in re.findall(r"\b(?:global|buffer)_load_(dwordx[234]|dword|ushort|short)", code):
+        loads[widths[name]] = loads.get(widths[name], 0) + 1
+    return registers, spilled, len(re.findall(r"\bv_mfma", code)), loads
+
+
+def command(
+    operators: Sequence[str],
+    architectures: Sequence[str],
+    dtypes: Sequence[str],
+    as_json: bool,
+    console: Console,
+) -> int:
+    """Print the table, or JSON; 1 where a kernel breaks a bound."""
+    rows = list(figures(operators or list(CALLS), architectures, dtypes))
+    if as_json:
+        print(json.dumps([asdict(row) | {"broken": row.broken} for row in rows], indent=1))
+    else:
+        _print(rows, console)
+    return int(any(row.broken for row in rows))
+
+
+def _print(rows: Sequence[Figures], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title="Triton kernels, compiled ahead of time")
+    for name in ("operator", "call", "kernel", "target", "dtype"):
+        table.add_column(name)
+    for name in ("warps", "registers", "spilled", "shared", "matrix", "loads"):
+        table.add_column(name, justify="right")
+    table.add_column("broken")
+    for row in rows:
+        loads = " ".join(f"{count}x{size}" for size, count in sorted(row.loads.items()))
+        numbers = (row.warps, row.registers, row.spilled, row.shared, row.matrix)
+        names = (row.operator, row.call, row.kernel, row.architecture, row.dtype)
+        table.add_row(*names, *map(str, numbers), loads, "; ".join(row.broken))
+    console.print(table)
+
+
+def _only(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {pattern!r}")
+    return found.group(1)
