@@ -62,6 +62,15 @@ STABLE_TORCH_LIBRARY(xattn_ops, m) {
       "int num_prefix_tokens, float scale, float dropout_p) -> (Tensor grad_qkv, "
       "Tensor grad_digest_kv, Tensor grad_bias_table, Tensor grad_digest_bias)");
   m.def(
+      "merge_fwd(Tensor x, Tensor? merge_weight, Tensor enhance_weight, Tensor? enhance_bias, "
+      "SymInt grid_h, SymInt grid_w, int stride, int num_prefix_tokens) "
+      "-> (Tensor digests, Tensor enhanced)");
+  m.def(
+      "merge_bwd(Tensor? grad_digests, Tensor? grad_enhanced, Tensor x, Tensor? merge_weight, "
+      "Tensor enhance_weight, Tensor? enhance_bias, SymInt grid_h, SymInt grid_w, int stride, "
+      "int num_prefix_tokens) -> (Tensor grad_x, Tensor grad_merge_weight, "
+      "Tensor grad_enhance_weight, Tensor grad_enhance_bias)");
+  m.def(
       "clsattn_fwd(Tensor cls_token, Tensor patches, Tensor q_weight, Tensor? q_bias, "
       "Tensor k_weight, Tensor v_weight, Tensor? v_bias, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? seed, int num_heads, float eps, float scale, float dropout_p) "

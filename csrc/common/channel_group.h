@@ -28,6 +28,14 @@ struct ChannelGroup {
   ChannelGroup(int64_t channels, int64_t end)
       : channels(channels), vectors((channels + L - 1) / L), stride(((end + L - 1) / L | 1) * L) {}
 
+  // Becomes piece `index` of `all` channels in pieces of `size`, which the group began with; the
+  // last piece may be smaller.
+  void select(int64_t index, int64_t size, int64_t all) {
+    first = index * size;
+    channels = min_of(size, all - first);
+    vectors = (channels + L - 1) / L;
+  }
+
   // Channels in vector z.
   int64_t lanes(int64_t z) const { return min_of<int64_t>(L, channels - z * L); }
 
@@ -48,16 +56,18 @@ struct ChannelGroup {
 
   // out[t][:] = `count` tokens in memory.
   void gather(const S* from, int64_t from_stride, int64_t count, T* out) const {
-    for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
-      store(out + t * stride + z * L, v);
+    const int64_t token = stride;  // a copy, which no store can be thought to change
+    for_vectors(from, from_stride, count, [=](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
+      store(out + t * token + z * L, v);
     });
   }
   // The same, asking for as many tokens after them: where nothing else is at hand to hide the
   // memory behind.
   void gather_ahead(const S* from, int64_t from_stride, int64_t count, T* out) const {
-    for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
+    const int64_t token = stride;
+    for_vectors(from, from_stride, count, [=](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
       prefetch_line(from + (t + count) * from_stride + z * L);
-      store(out + t * stride + z * L, v);
+      store(out + t * token + z * L, v);
     });
   }
   // Asks for `count` tokens.
@@ -81,6 +91,13 @@ struct ChannelGroup {
   // Vector z of token t; lanes beyond the group are zero, or finite if the view is in scratch.
   XATTN_MEMBER vec<T> get(const TokenView<T>& tokens, int64_t t, int64_t z) const {
     return load_n(tokens.data + t * tokens.stride + z * L, channels - z * L);
+  }
+
+  // `count` tokens from one place in memory to another.
+  void copy(const S* from, int64_t from_stride, int64_t count, S* to, int64_t to_stride) const {
+    for_vectors(from, from_stride, count, [&](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
+      put(to + t * to_stride, z, v);
+    });
   }
 
   // One vector of a token's results.

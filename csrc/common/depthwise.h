@@ -19,7 +19,8 @@ template <class T>
 struct PaddedRows {
   static constexpr int L = Lanes<T>::n;
   T* data;
-  T* zeros;  // a row outside the image
+  T* zeros;          // a row outside the image
+  const T** around;  // [margin + height + margin]: where each row begins, or the zeros
   int64_t height, width, stride, margin, capacity, row_size;
 
   // `ahead` rows are processed together, with windows of up to `largest`.
@@ -33,29 +34,25 @@ struct PaddedRows {
         row_size((round_up(width, kPixels) + kGradPixels + 2 * (largest / 2)) * stride + L) {
     data = arena.take<T>(capacity * row_size);
     zeros = arena.take<T>(row_size);
+    around = arena.take<const T*>(height + 2 * margin);
   }
 
   // Once per scratch: rows are written inside the image alone.
   void clear() const {
     for (int64_t i = 0; i < capacity * row_size; ++i) data[i] = 0;
     for (int64_t i = 0; i < row_size; ++i) zeros[i] = 0;
+    for (int64_t i = 0; i < height + 2 * margin; ++i) around[i] = zeros;
+    for (int64_t y = 0; y < height; ++y) around[margin + y] = data + (y % capacity) * row_size;
   }
 
   // Pixel 0 of row y, which is in the image and among the latest.
-  T* row(int64_t y) const { return data + (y % capacity) * row_size + margin * stride; }
+  T* row(int64_t y) const { return const_cast<T*>(around[margin + y]) + margin * stride; }
 
   // taps[ky] = where window row ky of the pixels of row y begins, for values from `first` on.
   void find_taps(int64_t y, int64_t window, int64_t first, const T** taps) const {
-    const int64_t corner = (margin - window / 2) * stride + first, top = y - window / 2;
-    int64_t slot = max_of<int64_t>(top, 0) % capacity;
-    for (int64_t ky = 0; ky < window; ++ky) {
-      if (top + ky < 0 || top + ky >= height) {
-        taps[ky] = zeros + corner;
-      } else {
-        taps[ky] = data + slot * row_size + corner;
-        slot = slot + 1 == capacity ? 0 : slot + 1;
-      }
-    }
+    const int64_t corner = (margin - window / 2) * stride + first;
+    const T* const* top = around + margin + y - window / 2;
+    for (int64_t ky = 0; ky < window; ++ky) taps[ky] = top[ky] + corner;
   }
 };
 
@@ -161,27 +158,31 @@ XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int6
   }
 }
 
-// Window rows in groups whose accumulators fit the registers.
+// Window rows whose accumulators fit the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+template <int kWindow>
+constexpr int kTapRows = 21 / kWindow;
+#else
+template <int kWindow>
+constexpr int kTapRows = kWindow > 5 ? 1 : 10 / kWindow;
+#endif
+
 template <int kWindow, class T>
 XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t stride,
                                        int64_t width, T* sums) {
-#if defined(__AVX512F__) || defined(__aarch64__)
-  constexpr int kRows = 21 / kWindow;
-#else
-  constexpr int kRows = kWindow > 5 ? 1 : 10 / kWindow;
-#endif
-  for_columns<kRows, 1>(kWindow, [&](auto rows, int64_t ky) XATTN_LAMBDA_INLINE {
+  for_columns<kTapRows<kWindow>, 1>(kWindow, [&](auto rows, int64_t ky) XATTN_LAMBDA_INLINE {
     add_tap_gradients_of<kWindow, decltype(rows)::value>(grad, taps + ky, stride, width,
                                                          sums + ky * kWindow * Lanes<T>::n);
   });
 }
 
 // sums[ky][kx] += sum over the pixels of a row of grad[x] * taps[ky][x + kx]. `grad` is a row of a
-// PaddedRows: beyond the image it is zero.
-template <class T>
+// PaddedRows: beyond the image it is zero. kStride: of a pixel, where it is known.
+template <int kStride = 0, class T>
 __attribute__((noinline)) void add_tap_gradients(int64_t window, const T* grad,
-                                                 const T* const* taps, int64_t stride,
+                                                 const T* const* taps, int64_t pixel_stride,
                                                  int64_t width, T* sums) {
+  const int64_t stride = kStride ? kStride : pixel_stride;
   switch (window) {
     case 3:
       return add_tap_gradients_of<3>(grad, taps, stride, width, sums);

@@ -18,27 +18,68 @@ struct TapPacker {
     to.window = 1;
     for (int64_t c = 0; c < count; ++c) to.window = max_of(to.window, from.window[first + c]);
     const int64_t taps = to.window * to.window;
-    for (int64_t i = 0; i < taps * L; ++i) to.weights[i] = 0;
-    store(to.bias, vec<T>{});
-    for (int64_t c = 0; c < count; ++c) {
-      const S* weight = static_cast<const S*>(from.weight) + from.offset[first + c];
-      for_window(to.window, first + c, [&](int64_t own, int64_t packed) {
-        to.weights[(flipped ? taps - 1 - packed : packed) * L + c] = load_1(weight + own);
+    if (same_window(first, count)) {
+      for_squares(taps, [&](int64_t tap, int64_t size, vec<T>(&square)[L]) {
+        for (int64_t c = 0; c < L; ++c) {
+          square[c] = c < count ? load_n(weight(first + c) + tap, size) : vec<T>{};
+        }
+        transpose(square);
+        for (int64_t i = 0; i < size; ++i) {
+          const int64_t at = tap + i;
+          store(to.weights + (flipped ? taps - 1 - at : at) * L, square[i]);
+        }
       });
-      if (from.bias && !flipped) {
-        to.bias[c] = load_1(static_cast<const S*>(from.bias) + first + c);
+    } else {
+      for (int64_t i = 0; i < taps * L; ++i) to.weights[i] = 0;
+      for (int64_t c = 0; c < count; ++c) {
+        for_window(to.window, first + c, [&](int64_t own, int64_t packed) {
+          to.weights[(flipped ? taps - 1 - packed : packed) * L + c] =
+              load_1(weight(first + c) + own);
+        });
       }
     }
+    const S* bias = flipped ? nullptr : static_cast<const S*>(from.bias);
+    store(to.bias, bias ? load_n(bias + first, count) : vec<T>{});
   }
 
   // Sums [window * window][lanes] of packed taps, written as the channels' own gradients.
   void unpack(int64_t first, int64_t count, const PackedTaps<T>& sums, T* weight_gradients) const {
+    const int64_t taps = sums.window * sums.window;
+    if (same_window(first, count)) {
+      for_squares(taps, [&](int64_t tap, int64_t size, vec<T>(&square)[L]) {
+        for (int64_t i = 0; i < L; ++i) {
+          square[i] = i < size ? load(sums.weights + (tap + i) * L) : vec<T>{};
+        }
+        transpose(square);
+        for (int64_t c = 0; c < count; ++c) {
+          store_n(weight_gradients + from.offset[first + c] + tap, square[c], size);
+        }
+      });
+      return;
+    }
     for (int64_t c = 0; c < count; ++c) {
       T* gradients = weight_gradients + from.offset[first + c];
       for_window(sums.window, first + c, [&](int64_t own, int64_t packed) {
         gradients[own] = sums.weights[packed * L + c];
       });
     }
+  }
+
+  const S* weight(int64_t channel) const {
+    return static_cast<const S*>(from.weight) + from.offset[channel];
+  }
+  bool same_window(int64_t first, int64_t count) const {
+    for (int64_t c = 1; c < count; ++c) {
+      if (from.window[first + c] != from.window[first]) return false;
+    }
+    return true;
+  }
+  // f(first tap, how many, room for a square of lanes) for all taps of channels of one window:
+  // transposing squares is much faster than moving values one by one.
+  template <class F>
+  void for_squares(int64_t taps, F f) const {
+    vec<T> square[L];
+    for (int64_t tap = 0; tap < taps; tap += L) f(tap, min_of<int64_t>(L, taps - tap), square);
   }
 
   // f(index among the channel's own taps, index in a packed window).
@@ -111,12 +152,17 @@ struct GroupTaps {
   }
   // Adds row y of grad to the sums of the bias.
   void add_bias_row(const PaddedRows<T>& grad, int64_t y) const {
-    for (int64_t z = 0; z < count(); ++z) {
-      vec<T> sum{};
-      const T* row = grad.row(y) + z * L;
-      for (int64_t x = 0; x < grad.width; ++x) sum += load(row + x * grad.stride);
-      store(taps[z].bias, load(taps[z].bias) + sum);
+    for (int64_t z = 0; z < count(); ++z) add_bias(grad, y, z, z * L);
+  }
+  // The same of vector z alone, which begins at `first` in a pixel.
+  void add_bias(const PaddedRows<T>& grad, int64_t y, int64_t z, int64_t first) const {
+    vec<T> sums[4] = {};  // four chains of additions
+    const T* row = grad.row(y) + first;
+    for (int64_t x = 0; x < grad.width; x += 4) {  // zeros beyond the row
+      XATTN_UNROLL
+      for (int i = 0; i < 4; ++i) sums[i] += load(row + (x + i) * grad.stride);
     }
+    store(taps[z].bias, load(taps[z].bias) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
 
   // Writes the sums as gradients in the layout of the weights; grad_bias may be null.

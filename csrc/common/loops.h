@@ -44,6 +44,19 @@ XATTN_INLINE void for_columns(int64_t count, F f) {
   }
 }
 
+// Calls f(Int<size>, first) for groups of kMax and what is left, for counts known to be small: an
+// uneven end costs less than the divisions of even groups.
+template <int kMax, class F>
+XATTN_INLINE void for_blocks(int64_t count, F f) {
+  int64_t first = 0;
+  for (; first + kMax <= count; first += kMax) f(Int<kMax>{}, first);
+  if constexpr (kMax > 1) {
+    if (first < count) {
+      with_constant<kMax - 1>(count - first, [&](auto n) XATTN_LAMBDA_INLINE { f(n, first); });
+    }
+  }
+}
+
 // Calls f(Int<R>, first) for groups of kMax rows, then of 2 and of 1.
 template <int kMax, class F>
 XATTN_INLINE void for_rows(int64_t count, F f) {

@@ -107,7 +107,13 @@ XATTN_INLINE void store(uint32_t* p, vu32 v) { store_as(p, v); }
 using half_lanes = vec<uint16_t, Lanes<float>::n>;  // as many 16-bit values as floats in a vector
 
 XATTN_INLINE vfloat load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)((vu32)_mm512_cvtepu16_epi32((__m256i)load_as<half_lanes>(p)) << 16);
+#elif defined(__AVX2__)
+  return (vfloat)((vu32)_mm256_cvtepu16_epi32((__m128i)load_as<half_lanes>(p)) << 16);
+#else
   return (vfloat)(__builtin_convertvector(load_as<half_lanes>(p), vu32) << 16);
+#endif
 }
 
 // Rounds to nearest even; a NaN stays a NaN.

@@ -92,10 +92,14 @@ inline std::optional<Tensor> contiguous_or_null(const std::optional<Tensor>& t) 
 inline Tensor sum_parts(Tensor parts, const Tensor& like) {
   const int64_t count = parts.size(0), each = count > 0 ? parts.numel() / count : 0;
   const auto add = [&](auto* data) {
-    for (int64_t i = 0; i < each; ++i) {
-      double sum = 0;
-      for (int64_t part = 0; part < count; ++part) sum += data[part * each + i];
-      data[i] = sum;
+    constexpr int64_t kBlock = 64;
+    for (int64_t first = 0; first < each; first += kBlock) {
+      const int64_t size = each - first < kBlock ? each - first : kBlock;
+      double sums[kBlock] = {};
+      for (int64_t part = 0; part < count; ++part) {
+        for (int64_t i = 0; i < size; ++i) sums[i] += data[part * each + first + i];
+      }
+      for (int64_t i = 0; i < size; ++i) data[first + i] = sums[i];
     }
   };
   if (parts.scalar_type() == torch::headeronly::ScalarType::Double) {

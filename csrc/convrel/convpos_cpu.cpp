@@ -89,15 +89,15 @@ std::tuple<Tensor, Tensor, Tensor> convpos_bwd(Tensor grad_out, Tensor x, Tensor
 
   const ConvPosKernels& kernels = select_convpos_kernels();
   const int64_t bytes = kernels.backward_scratch(a);
-  WeightGradients gradients(call.x, a.batch, a.groups(), call.weight.numel(),
-                            call.bias.has_value() ? a.channels : 0);
+  WeightGradients gradients(call.x, a.batch, a.groups(),
+                            {call.weight.numel(), call.bias.has_value() ? a.channels : 0});
   gradients.for_chunks<ConvPosChunk>(a.batch, a.groups(), bytes,
                                      [&](const ConvPosChunk* chunks, int64_t count, void* scratch) {
                                        kernels.backward(a, chunks, count, scratch);
                                      });
   return {grad_x,
-          torch::stable::view(gradients.weight(), {a.channels, 1, weight.size(2), weight.size(2)}),
-          gradients.bias()};
+          torch::stable::view(gradients.sum(0), {a.channels, 1, weight.size(2), weight.size(2)}),
+          gradients.sum(1)};
 }
 
 }  // namespace

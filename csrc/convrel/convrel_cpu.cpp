@@ -137,13 +137,13 @@ std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tens
 
   const ConvRelKernels& kernels = select_convrel_kernels();
   const int64_t bytes = kernels.backward_scratch(a);
-  WeightGradients gradients(call.qkv, a.batch, a.groups(), call.weight.numel(),
-                            call.bias.has_value() ? a.channels() : 0);
+  WeightGradients gradients(call.qkv, a.batch, a.groups(),
+                            {call.weight.numel(), call.bias.has_value() ? a.channels() : 0});
   gradients.for_chunks<ConvRelChunk>(a.batch, a.groups(), bytes,
                                      [&](const ConvRelChunk* chunks, int64_t count, void* scratch) {
                                        kernels.backward(a, chunks, count, scratch);
                                      });
-  return {grad_qkv, gradients.weight(), gradients.bias()};
+  return {grad_qkv, gradients.sum(0), gradients.sum(1)};
 }
 
 }  // namespace
