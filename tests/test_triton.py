@@ -20,7 +20,7 @@ from support.oracle import check_against_float64
 from xattn_ops import _backend, explain
 
 pytest.importorskip("triton", reason="Triton is not installed")
-KERNELS = ("ipsa",)  # operators that have Triton kernels
+KERNELS = ("ipsa", "clsattn")  # operators that have Triton kernels
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here, not interpreted"
 )
