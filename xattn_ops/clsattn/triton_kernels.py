@@ -51,30 +51,6 @@ def cls_token(
 
 
 @triton.jit
-def load_chunks(pointers, rows, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The chunks [rows, CHUNK] at pointers [rows, 1]; zeros where `rows` [rows, 1] is false."""
-    c = tl.arange(0, CHUNK)[None, :]
-    chunks = ()  # type: tuple[Any, ...]
-    for i in tl.static_range(CHUNKS):
-        mask = rows if C % CHUNK == 0 else rows & (i * CHUNK + c < C)
-        chunks += (tl.load(pointers + i * CHUNK + c, mask=mask, other=0.0),)
-    return chunks
-
-
-@triton.jit
-def heads_by_tokens(
-    rows, there, xs, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products [heads, tokens] of the heads' rows, at pointers [heads, 1], and the tokens xs."""
-    us = load_chunks(rows, there, C, CHUNK, CHUNKS)
-    s = dot(us[0], tl.trans(xs[0]), PRECISION)
-    for i in tl.static_range(1, CHUNKS):
-        s += dot(us[i], tl.trans(xs[i]), PRECISION)
-    return s
-
-
-@triton.jit
 def _fold(
     q, u, cls, norm_weight, seed, head_state, token_state, keys, key_sums, part_stats,
     B, stride_cls, tokens, parts, eps, scale, threshold, keep_scale,
@@ -151,19 +127,24 @@ def _forward(
         inside = n < last
         at = n.to(tl.int64) if WIDE else n
         pointers = patches + b * stride_b + (at * stride_n)[:, None]
-        xs = load_chunks(pointers, inside[:, None], C, CHUNK, CHUNKS)
-        s = heads_by_tokens(rows, there, xs, C, CHUNK, CHUNKS, PRECISION)
+        s = tl.zeros((HEAD_ROWS, TOKENS), tl.float32)
+        mean = tl.zeros((TOKENS,), tl.float32)
+        square = tl.zeros((TOKENS,), tl.float32)  # of what is apart from the mean
+        for i in range(CHUNKS):
+            columns = i * CHUNK + c[None, :]
+            x = tl.load(pointers + columns, mask=inside[:, None] & (columns < C), other=0.0)
+            key = tl.load(rows + columns, mask=there & (columns < C), other=0.0)
+            s += dot(key, tl.trans(x), PRECISION)
+            if NORM:  # the moments of the chunk, joined to those of the channels before
+                before, width = i * CHUNK, min(CHUNK, C - i * CHUNK)
+                x = x.to(tl.float32)
+                own = tl.sum(x, 1) / width
+                apart = tl.where(columns < C, x - own[:, None], 0.0)
+                further = own - mean
+                mean += further * (width / (before + width))
+                square += tl.sum(apart * apart, 1)
+                square += further * further * (before * (width / (before + width)))
         if NORM:
-            mean = tl.sum(xs[0].to(tl.float32), 1)
-            for i in tl.static_range(1, CHUNKS):
-                mean += tl.sum(xs[i].to(tl.float32), 1)
-            mean /= C
-            square = tl.zeros((TOKENS,), tl.float32)
-            for i in tl.static_range(CHUNKS):
-                centred = xs[i].to(tl.float32) - mean[:, None]
-                if C % CHUNK != 0:
-                    centred = tl.where((i * CHUNK + c < C)[None, :], centred, 0.0)
-                square += tl.sum(centred * centred, 1)
             rstd = 1 / tl.sqrt(tl.where(inside, square / C + eps, 1.0))
             tl.store(moments + n, mean, mask=inside)
             tl.store(moments + N + 1 + n, rstd, mask=inside)
@@ -173,20 +154,23 @@ def _forward(
         s = tl.where(inside[None, :], s, float("-inf"))
         above = tl.maximum(highest, tl.max(s, 1))
         w = tl.exp2(s - above[:, None])
-        before = tl.exp2(highest - above)
-        total = total * before + tl.sum(w, 1)
+        left = tl.exp2(highest - above)
+        total = total * left + tl.sum(w, 1)
         if DROPOUT:
             keep = keep_weights_of_one(seed, b * HEADS + h, n + 1, threshold, keep_scale)
             w *= keep
-            kept = kept * before + tl.sum(w, 1)
+            kept = kept * left + tl.sum(w, 1)
         if NORM:
             w *= (rstd / unit)[None, :]
-        short = w.to(xs[0].dtype)
+        short = w.to(patches.dtype.element_ty)
         if NORM:
-            means = means * before + tl.sum(short.to(tl.float32) * mean[None, :], 1)
+            means = means * left + tl.sum(short.to(tl.float32) * mean[None, :], 1)
         more = ()  # type: tuple[Any, ...]
         for i in tl.static_range(CHUNKS):
-            more += (sums[i] * before[:, None] + dot(short, xs[i], PRECISION),)
+            columns = i * CHUNK + c[None, :]
+            mask = inside[:, None] & (columns < C)
+            x = tl.load(pointers + columns, mask=mask, other=0.0)  # a tile that the cache holds
+            more += (sums[i] * left[:, None] + dot(short, x, PRECISION),)
         sums = more
         highest = above
     to = part_sums + ((b * parts + part) * HEADS + h)[:, None] * C + c[None, :]
