@@ -41,8 +41,11 @@ $(VENV)/.tools: constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet setuptools wheel ninja torch numpy
 	touch $@
 
+# timm without what it depends on: its torchvision would have to match torch's build. The tests stand
+# stubs in for it (tests/support/stubs).
 $(READY): $(VENV)/.tools setup.py $(NATIVE)
 	XATTN_BUILD_NATIVE=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps timm
 	touch $@
 
 clean:

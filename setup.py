@@ -161,7 +161,11 @@ setup(
         ),
     ],
     package_dir={"xattn_ops.models": "models", "xattn_ops.benchmarks": "benchmarks"},
-    package_data={"xattn_ops": ["py.typed"]},
+    package_data={
+        "xattn_ops": ["py.typed"],
+        "xattn_ops.report": ["*.css", "*.js"],
+        "xattn_ops.benchmarks": ["results/*.json"],
+    },
     ext_modules=[Extension("xattn_ops._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": NativeBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -6,7 +6,7 @@ and thread pools are in place, asks Linux to forget the resident-set high-water 
 activations, gradients, library buffers and the scratch of our kernels, which no tensor statistics
 would show.
 
-    python -m xattn_ops.benchmarks.memory ipsa 0 8 float32 fused
+    python -m xattn_ops.benchmarks.memory ipsa 0 8 float32 fused cpu
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+Step = Callable[[], tuple[Tensor, ...]]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,15 +47,21 @@ class Peak:
         return self.peak_bytes / (self.batch * self.tokens) if self.tokens else None
 
 
-def available() -> str:
+def available(device: str = "cpu") -> str:
     """Why peak memory cannot be measured here, or ""."""
-    if not (STATUS.exists() and CLEAR.exists()):
+    if device == "cpu" and not (STATUS.exists() and CLEAR.exists()):
         return "needs Linux's /proc/self/clear_refs"
     return ""
 
 
 def measure(
-    operator: str, stage: int, batch: int, dtype: str, variant: str, threads: int | None = None
+    operator: str,
+    stage: int,
+    batch: int,
+    dtype: str,
+    variant: str,
+    threads: int | None = None,
+    device: str = "cpu",
 ) -> Peak:
     """Run the step in a fresh process and return its peak.
 
@@ -60,8 +69,7 @@ def measure(
         RuntimeError: the process failed; the message carries its last line.
     """
     command = [sys.executable, "-m", __name__, operator, str(stage), str(batch), dtype, variant]
-    if threads is not None:
-        command.append(str(threads))
+    command += [device, *([] if threads is None else [str(threads)])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -69,25 +77,23 @@ def measure(
     return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def peak_of_step(operator: str, stage: int, batch: int, dtype: str, variant: str) -> Peak:
+def peak_of_step(
+    operator: str, stage: int, batch: int, dtype: str, variant: str, device: str = "cpu"
+) -> Peak:
     """Measure in this process, which should be fresh: memory it has freed before hides a peak."""
     from xattn_ops.benchmarks import cases
 
-    case = cases.build(operator, stage, batch, getattr(torch, dtype), cases.STEP)
+    case = cases.build(operator, stage, batch, getattr(torch, dtype), cases.STEP, device)
     chosen = {**case.ours, **case.plain}[variant]
-    small = cases.build(operator, stage, 1, getattr(torch, dtype), cases.STEP)
+    small = cases.build(operator, stage, 1, getattr(torch, dtype), cases.STEP, device)
     warm = {**small.ours, **small.plain}[variant]
     warm.step(torch.ones_like(warm.forward()))
     with torch.no_grad():
         shape = (case.batch, *warm.forward().shape[1:])
-    grad = torch.ones(shape, dtype=case.dtype)
+    grad = torch.ones(shape, dtype=case.dtype, device=device)
     del small, warm
     gc.collect()
-    _give_back()
-    before = _status("VmRSS")
-    CLEAR.write_text("5")
-    results = chosen.step(grad)
-    peak = _status("VmHWM") - before
+    results, peak = (_on_cuda if device == "cuda" else _on_cpu)(lambda: chosen.step(grad))
     return Peak(
         operator=case.operator,
         shape=case.shape,
@@ -99,6 +105,26 @@ def peak_of_step(operator: str, stage: int, batch: int, dtype: str, variant: str
         dense_bytes=case.dense_bytes,
         tokens=case.tokens,
     )
+
+
+def _on_cpu(step: Step) -> tuple[tuple[Tensor, ...], int]:
+    """What the step gives, and how far the process grew beyond what it had."""
+    _give_back()
+    before = _status("VmRSS")
+    CLEAR.write_text("5")
+    results = step()
+    return results, _status("VmHWM") - before
+
+
+def _on_cuda(step: Step) -> tuple[tuple[Tensor, ...], int]:
+    """The same of torch's allocator, where all of a CUDA step's memory comes from."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = step()
+    torch.cuda.synchronize()
+    return results, torch.cuda.max_memory_allocated() - before
 
 
 def _give_back() -> None:
@@ -116,10 +142,11 @@ def _status(key: str) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    operator, stage, batch, dtype, variant, *threads = arguments
+    operator, stage, batch, dtype, variant, device, *threads = arguments
     if threads:
         torch.set_num_threads(int(threads[0]))
-    print(json.dumps(asdict(peak_of_step(operator, int(stage), int(batch), dtype, variant))))
+    peak = peak_of_step(operator, int(stage), int(batch), dtype, variant, device)
+    print(json.dumps(asdict(peak)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The results as a table, as JSON and as a plot."""
+"""The results as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ import torch
 
 from xattn_ops import _library
 from xattn_ops._version import __version__
+from xattn_ops.benchmarks import device as devices
+from xattn_ops.benchmarks.compare import Change
 from xattn_ops.benchmarks.memory import Peak
 from xattn_ops.benchmarks.roofline import Roofline
 from xattn_ops.benchmarks.runner import Row
+from xattn_ops.benchmarks.sweep import Sweep
+from xattn_ops.benchmarks.throughput import Rate
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA = 1
+SCHEMA = 2  # 1: rows without device, cache and MACs; no sweeps, no throughput
 MIB = 1 << 20
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on besides the code."""
     return {
         "cpu": cpu_name(),
+        "accelerator": devices.name(device),
+        "cache_bytes": devices.cache_bytes(device),
         "cores": os.cpu_count() or 0,
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",
@@ -81,14 +87,18 @@ def to_json(
     roofline: Roofline,
     threads: int,
     settings: dict[str, Any],
+    sweeps: Sequence[Sweep] = (),
+    rates: Sequence[Rate] = (),
 ) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "machine": machine(threads),
+        "machine": machine(threads, roofline.device),
         "settings": settings,
         "roofline": roofline.to_dict(),
         "rows": [row.to_dict() for row in rows],
         "memory": [vars(peak) for peak in peaks],
+        "sweeps": [sweep.to_dict() for sweep in sweeps],
+        "throughput": [rate.to_dict() for rate in rates],
     }
 
 
@@ -111,8 +121,7 @@ def table(rows: Sequence[Row]) -> Table:
         out.add_column(f"x {name}", justify="right", no_wrap=True)
     out.add_column("x best", justify="right", style="bold", no_wrap=True)
     for row in rows:
-        label = f"{row.operator} {row.shape}" + (f" {row.variant}" * (row.variant != "fused"))
-        head = [label, _short(row.dtype), row.direction]
+        head = [row.label, _short(row.dtype), row.direction]
         if row.timing is None:
             out.add_row(*head, *["-"] * (len(names) + 5), "[red]wrong")
             continue
@@ -156,16 +165,106 @@ def memory_table(peaks: Sequence[Peak]) -> Table:
     return out
 
 
+def sweep_table(sweeps: Sequence[Sweep]) -> Table:
+    """The fitted exponents beside the papers'."""
+    from rich.table import Table
+
+    out = Table(title="Growth of time: fitted exponent beside that of the paper's MACs")
+    for title in ("operator", "dtype", "pass", "over", "sizes fitted", "the paper"):
+        out.add_column(title, no_wrap=True)
+    for title in ("paper", "fitted", ""):
+        out.add_column(title, justify="right", no_wrap=True)
+    for sweep in sweeps:
+        head = [f"{sweep.operator} {sweep.variant}", _short(sweep.dtype), sweep.direction]
+        found = sweep.fit
+        if found is None:
+            out.add_row(*head, sweep.over, "-", sweep.complexity, "-", "-", "[yellow]busy")
+            continue
+        sizes = f"{found.sizes[0]} to {found.sizes[-1]}"
+        verdict = "[green]agrees" if found.agrees else "[yellow]see below"
+        figures = (f"{found.paper:.2f}", f"{found.exponent:.2f}", verdict)
+        out.add_row(*head, sweep.over, sizes, sweep.complexity, *figures)
+    return out
+
+
+def sweep_notes(sweeps: Sequence[Sweep]) -> list[str]:
+    """Why exponents differ, and which points were left out."""
+    lines = []
+    for sweep in sweeps:
+        where = f"{sweep.operator} {sweep.variant} over {sweep.over}, {sweep.direction}"
+        busy = [str(point.size) for point in sweep.points if point.busy]
+        if sweep.fit is not None and sweep.fit.reason:
+            lines.append(f"{where}: {sweep.fit.reason}")
+        if busy:
+            lines.append(f"{where}: machine busy at {', '.join(busy)}, left out of the fit")
+    return lines
+
+
+def throughput_table(rates: Sequence[Rate]) -> Table:
+    """Images a second by model, in the order of CrossViT's Table 4, each batch in its columns."""
+    from rich.table import Table
+
+    out = Table(title="Throughput of inference (images/s), ours against the official formulation")
+    out.add_column("model", no_wrap=True)
+    for title in ("image", "M params", "GMACs"):
+        out.add_column(title, justify="right", no_wrap=True)
+    batches = sorted({rate.batch for rate in rates})
+    for batch in batches:
+        for title in (f"B={batch}", "plain", "x"):
+            out.add_column(title, justify="right", no_wrap=True)
+    out.add_column("paper, V100, B=64", justify="right")
+    lines: dict[str, dict[int, Rate]] = {}
+    for rate in rates:
+        lines.setdefault(rate.model, {})[rate.batch] = rate
+    for model, by_batch in lines.items():
+        one = next(iter(by_batch.values()))
+        cells = [f"{one.side}", f"{one.params / 1e6:.1f}", f"{one.macs / 1e9:.1f}"]
+        for batch in batches:
+            cells += _rate_cells(by_batch.get(batch))
+        out.add_row(model, *cells, "-" if one.printed is None else str(one.printed))
+    return out
+
+
+def _rate_cells(rate: Rate | None) -> list[str]:
+    if rate is None:
+        return ["-", "-", "-"]
+    ratio = "[yellow]busy" if rate.ratio is None else f"{rate.ratio:.2f}"
+    return [f"{rate.images:.1f}", f"{rate.plain_images:.1f}", ratio]
+
+
+def compare_table(changes: Sequence[Change]) -> Table:
+    """Each case then and now."""
+    from rich.table import Table
+
+    out = Table(title="Against the earlier run (above 1 it is faster now)")
+    out.add_column("case", no_wrap=True)
+    for title in ("then, ms", "now, ms", "x", ""):
+        out.add_column(title, justify="right")
+    colours = {"faster": "green", "slower": "red"}
+    for change in changes:
+        times = (f"{change.before * 1e3:.3f}", f"{change.now * 1e3:.3f}")
+        factor = f"{change.factor:.2f}" if " " not in change.verdict else "-"
+        style = colours.get(change.verdict)
+        out.add_row(change.case, *times, factor, change.verdict, style=style)
+    return out
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """The ratios to the best baseline as README shows them: one line an operator and dtype."""
+    """The ratios to the best baseline as README shows them: one line an operator and dtype.
+
+    A line more for each baseline that is reported apart.
+    """
     passes = list(dict.fromkeys(row.direction for row in rows))
     cells: dict[str, dict[str, list[str]]] = {}
     shapes: dict[str, list[str]] = {}
     for row in rows:
         name = f"{row.operator} {row.dtype}" + (f", {row.variant}" * (row.variant != "fused"))
-        ratio = row.refused.split(":")[0] if row.best_ratio is None else f"{row.best_ratio:.1f}"
-        cells.setdefault(name, {}).setdefault(row.direction, []).append(ratio)
-        shapes.setdefault(name, []).append(row.shape)
+        found = {name: row.best_ratio}
+        found |= {f"{name}, over {other}": row.ratios.get(other) for other in row.apart}
+        for line, ratio in found.items():
+            cell = (row.refused or "busy").split(":")[0] if ratio is None else f"{ratio:.1f}"
+            cells.setdefault(line, {}).setdefault(row.direction, []).append(cell)
+            shapes.setdefault(line, []).append(row.shape)
     lines = ["| | shapes | " + " | ".join(passes) + " |", "|---" * (2 + len(passes)) + "|"]
     for name, by_pass in cells.items():
         ratios = [" / ".join(by_pass.get(one, ["-"])) for one in passes]
@@ -179,75 +278,13 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What the table has no room for: refusals and baselines that did not run."""
     lines: dict[str, None] = {}
     for row in rows:
-        where = f"{row.operator} {row.shape} {_short(row.dtype)} {row.direction}"
+        where = f"{row.label} {_short(row.dtype)} {row.direction}"
         if row.refused:
             lines[f"{where}: no ratio ({row.refused})"] = None
         for name, why in row.skipped.items():
             if why != "left out":
                 lines[f"{where}: {name} did not run ({why})"] = None
     return list(lines)
-
-
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """How long each takes in units of ours: a panel for each operator, dtype and direction."""
-    from matplotlib.figure import Figure
-
-    panels: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row.timing is not None:
-            panels.setdefault((row.operator, row.dtype, row.direction), []).append(row)
-    if not panels:
-        raise ValueError("nothing was timed, so there is nothing to plot")
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    most = max(len({row.shape for row in members}) for members in panels.values())
-    width = max(4.6, 1.15 * most)  # a shape's label needs an inch
-    figure = Figure(figsize=(width * columns, 3.2 * lines), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, ((operator, dtype, direction), members) in zip(axes, panels.items(), strict=False):
-        _bars(axis, members)
-        axis.set_title(f"{operator}, {dtype}, {direction}", fontsize=10)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
-COLOURS = {
-    "fused": "#0b7a75",
-    "fused + compile": "#5fb49c",
-    "eager": "#b0b7bf",
-    "sdpa": "#8894a1",
-    "nhwc": "#8894a1",
-    "compile": "#5d6b7a",
-    "flex": "#d8b365",
-}
-
-
-def _bars(axis: Any, rows: list[Row]) -> None:
-    """Grouped bars of time in units of ours, which stands at 1 with its milliseconds."""
-    shapes = list(dict.fromkeys(row.shape for row in rows))
-    ours = {row.shape: row.timing.median for row in reversed(rows) if row.timing is not None}
-    times: dict[str, dict[str, float]] = {}
-    for row in rows:
-        assert row.timing is not None
-        times.setdefault(row.variant, {})[row.shape] = row.timing.median
-        for name, timing in row.baselines.items():
-            times.setdefault(name, {})[row.shape] = timing.median
-    width = 0.8 / len(times)
-    for i, (name, by_shape) in enumerate(times.items()):
-        places = [shapes.index(shape) + (i - (len(times) - 1) / 2) * width for shape in by_shape]
-        heights = [median / ours[shape] for shape, median in by_shape.items()]
-        axis.bar(places, heights, width, label=name, color=COLOURS.get(name))
-    busy = {row.shape for row in rows if row.best_ratio is None}
-    labels = [f"{s}\n{ours[s] * 1e3:.2f} ms" + "\n(busy)" * (s in busy) for s in shapes]
-    axis.set_xticks(range(len(shapes)), labels, fontsize=8)
-    axis.set_ylabel("time / ours")
-    axis.axhline(1, color=COLOURS["fused"], linewidth=0.8)
-    axis.set_ylim(0, 1.25 * max(max(t / ours[s] for s, t in b.items()) for b in times.values()))
-    axis.legend(fontsize=7, ncols=len(times), frameon=False, loc="upper left")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _share(row: Row) -> str:

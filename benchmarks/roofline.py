@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from xattn_ops.benchmarks.device import cache_bytes, wait_for
 from xattn_ops.benchmarks.timing import MAX_WAITED, queued_seconds
 
 _SIDE = 1536  # large enough to reach the peak, 30 ms a product on two cores
+_CUDA_SIDE = 8192  # likewise, on a GPU
 _LEAST_COPY = 1 << 16  # below that a copy measures the call, not the memory
 
 
@@ -25,13 +27,14 @@ class Roofline:
     """
 
     seconds: float = 0.15
+    device: str = "cpu"
     _flops: dict[torch.dtype, float] = field(default_factory=dict)
     _bandwidth: dict[int, float] = field(default_factory=dict)
 
     def flops(self, dtype: torch.dtype) -> float | None:
         """Best FLOP/s of a large linear, over F.linear and oneDNN's own; None if busy."""
         if dtype not in self._flops:
-            value = _when_calm(lambda: _peak_flops(dtype, self.seconds))
+            value = _when_calm(lambda: _peak_flops(dtype, self.seconds, self.device))
             if value is None:
                 return None
             self._flops[dtype] = value
@@ -41,18 +44,22 @@ class Roofline:
         """Bytes/s of a copy that reads and writes `nbytes` in all; None if the machine is busy."""
         size = max(_LEAST_COPY, 1 << max(nbytes - 1, 1).bit_length())
         if size not in self._bandwidth:
-            value = _when_calm(lambda: _copy_bandwidth(size, self.seconds))
+            value = _when_calm(lambda: _copy_bandwidth(size, self.seconds, self.device))
             if value is None:
                 return None
             self._bandwidth[size] = value
         return self._bandwidth[size]
 
-    def least_seconds(self, flops: int, nbytes: int, dtype: torch.dtype) -> float | None:
+    def least_seconds(
+        self, flops: int, nbytes: int, dtype: torch.dtype, *, cold: bool = False
+    ) -> float | None:
         """The roofline's bound: no faster than the arithmetic, no faster than the traffic.
 
-        None where the machine was too busy to measure either; the next call tries again.
+        cold: all of the traffic comes from memory, whatever its size. None where the machine was
+        too busy to measure either; the next call tries again.
         """
-        peak, bandwidth = self.flops(dtype), self.bandwidth(nbytes)
+        footprint = max(nbytes, 4 * (cache_bytes(self.device) or 0)) if cold else nbytes
+        peak, bandwidth = self.flops(dtype), self.bandwidth(footprint)
         if peak is None or bandwidth is None:
             return None
         return max(flops / peak, nbytes / bandwidth)
@@ -72,28 +79,33 @@ def _when_calm(measure: Callable[[], float]) -> float | None:
     return value if waited <= MAX_WAITED else None
 
 
-def _peak_flops(dtype: torch.dtype, seconds: float) -> float:
-    a = torch.randn(_SIDE, _SIDE).to(dtype)
-    weight = torch.randn(_SIDE, _SIDE).to(dtype)
-    best = _fastest(lambda: F.linear(a, weight), seconds)
+def _peak_flops(dtype: torch.dtype, seconds: float, device: str) -> float:
+    side = _SIDE if device == "cpu" else _CUDA_SIDE
+    a = torch.randn(side, side, device=device).to(dtype)
+    weight = torch.randn(side, side, device=device).to(dtype)
+    best = _fastest(lambda: F.linear(a, weight), seconds, device)
     pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if pointwise is not None:
+    if pointwise is not None and device == "cpu":
         with suppress(RuntimeError):  # no oneDNN, or not for this dtype: F.linear's figure stands
-            best = min(best, _fastest(lambda: pointwise(a, weight, None, "none", [], ""), seconds))
-    return 2 * _SIDE**3 / best
+            onednn = _fastest(lambda: pointwise(a, weight, None, "none", [], ""), seconds, device)
+            best = min(best, onednn)
+    return 2 * side**3 / best
 
 
-def _copy_bandwidth(nbytes: int, seconds: float) -> float:
-    source = torch.ones(nbytes // 8)  # float32: half of the traffic is the read
+def _copy_bandwidth(nbytes: int, seconds: float, device: str) -> float:
+    source = torch.ones(nbytes // 8, device=device)  # float32: half of the traffic is the read
     target = torch.empty_like(source)
-    return nbytes / _fastest(lambda: target.copy_(source), seconds)
+    return nbytes / _fastest(lambda: target.copy_(source), seconds, device)
 
 
-def _fastest(run: Callable[[], object], seconds: float) -> float:
+def _fastest(run: Callable[[], object], seconds: float, device: str) -> float:
+    wait = wait_for(device) or (lambda: None)
     run()
+    wait()
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds:
         before = time.perf_counter()
         run()
+        wait()
         best = min(best, time.perf_counter() - before)
     return best

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xattn_ops.benchmarks.cases import FORWARD, Case, Variant
+from xattn_ops.benchmarks.device import evict, wait_for
+from xattn_ops.benchmarks.options import CACHES
 from xattn_ops.benchmarks.roofline import Roofline
 from xattn_ops.benchmarks.timing import MAX_SPREAD, MAX_WAITED, Timing, interleaved
 
+WARM, COLD = CACHES
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0  # times the same-dtype eager formulation's error
 FLOOR = 4.0  # units of the dtype's eps at the largest value: a rounding or two is free
 STEP_FLOPS = 3  # a step is the forward and two products for each of its products
@@ -40,6 +43,10 @@ class Row:
     direction: str
     variant: str
     check: Check
+    device: str = "cpu"
+    cache: str = WARM
+    macs: int = 0  # of the paper's algorithm, forward, whole batch
+    bytes: int = 0  # read and written at least
     timing: Timing | None = None
     baselines: dict[str, Timing] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -50,11 +57,38 @@ class Row:
     best: str = ""
     best_ratio: float | None = None
     refused: str = ""
+    apart: tuple[str, ...] = ()  # baselines that do not count for the best
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes two rows of different runs comparable."""
+        kind = (self.operator, self.shape, self.batch, self.dtype, self.direction, self.variant)
+        return (*kind, self.device, self.cache)
+
+    @property
+    def label(self) -> str:
+        """The case in words, less dtype and direction."""
+        words = [self.operator, self.shape]
+        words += [self.variant] * (self.variant != "fused") + [self.cache] * (self.cache != WARM)
+        return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
         timings = {name: timing.to_dict() for name, timing in self.baselines.items()}
         own = self.timing.to_dict() if self.timing else None
         return {**asdict(self), "timing": own, "baselines": timings}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Row:
+        """A row of a file, also of one from before rows had a device, a cache and MACs."""
+        timing = Timing.from_dict(data["timing"]) if data["timing"] else None
+        baselines = {name: Timing.from_dict(one) for name, one in data["baselines"].items()}
+        read = {"check": Check(**data["check"]), "timing": timing, "baselines": baselines}
+        row = cls(**{**data, **read})
+        if not row.macs and timing:
+            steps = 1 if row.direction == FORWARD else STEP_FLOPS
+            row.macs = round(row.gflops * 1e9 * timing.median / 2 / steps)
+            row.bytes = round(row.gbps * 1e9 * timing.median)
+        return row
 
 
 @dataclass(frozen=True)
@@ -66,42 +100,79 @@ class Settings:
     max_spread: float = MAX_SPREAD
     max_waited: float = MAX_WAITED
     compile: bool = True
+    caches: tuple[str, ...] = (WARM,)
 
 
 def run(case: Case, settings: Settings, roofline: Roofline) -> list[Row]:
     """Check and time one case.
 
     Returns:
-        A row for each of our variants. Where the check fails nothing is timed; where the
-        machine was busy (samples spread wider than `settings.max_spread`, or threads waited for
-        a core longer than `settings.max_waited`) times are given and ratios are not.
+        A row for each of our variants and of `settings.caches`: warm, where operands lie in the
+        cache as far as they fit, and cold, where other data lies there before every call. Where
+        the check fails nothing is timed; where the machine was busy (samples spread wider than
+        `settings.max_spread`, or threads waited for a core longer than `settings.max_waited`)
+        times are given and ratios are not.
     """
     torch.compiler.reset()  # shapes of the last case must not make this one dynamic
     grad, expected, eager = _expected(case)
     skipped: dict[str, str] = {}
-    ours: dict[str, Callable[[], object]] = {}
-    rows: list[Row] = []
+    rows = _checked(case, grad, expected, eager, settings, skipped)
+    passed = [row.variant for row in rows if row.check.passed]
+    if next(iter(case.ours)) not in passed:
+        return rows
+    ours = {name: _call(case.ours[name], case, grad) for name in passed}
+    plain = _running(case, grad, settings, skipped)
+    done: list[Row] = []
+    for cache in settings.caches:
+        timings = interleaved(
+            {**ours, **plain},
+            budget=settings.budget,
+            min_rounds=settings.min_rounds,
+            before=evict(case.device) if cache == COLD else None,
+            wait=wait_for(case.device),
+        )
+        for row in rows:
+            row = replace(row, cache=cache, skipped=skipped, ratios={})
+            done.append(row)
+            if row.variant in ours:
+                row.timing = timings[row.variant]
+                row.baselines = {name: timings[name] for name in plain}
+                _rate(row, case, expected[0], roofline)
+                _judge(row, settings)
+    return done
+
+
+def _checked(
+    case: Case,
+    grad: Tensor,
+    expected: list[Tensor],
+    eager: list[Tensor],
+    settings: Settings,
+    skipped: dict[str, str],
+) -> list[Row]:
+    """A row with its check for each of our variants that runs; the others go to `skipped`."""
+    rows = []
     main = next(iter(case.ours))
     for name, variant in case.ours.items():
         if name != main and not settings.compile:
             continue
         try:  # a compiled variant owes what the compiled plain formulation does
             same = eager if name == main else _results(case.plain["compile"], case, grad)
-            check = compare(_results(variant, case, grad), same, expected)
+            rows.append(_row(case, name, compare(_results(variant, case, grad), same, expected)))
         except Exception as error:  # a compiler that is not there; our own kernel has no excuse
             if name == main:
                 raise
             skipped[name] = _first_line(error)
-            continue
-        row = _row(case, name, check)
-        rows.append(row)
-        if check.passed:
-            ours[name] = _call(variant, case, grad)
-    if main not in ours:
-        return rows
+    return rows
+
+
+def _running(
+    case: Case, grad: Tensor, settings: Settings, skipped: dict[str, str]
+) -> dict[str, Callable[[], object]]:
+    """The plain formulations that run; the others go to `skipped`."""
     plain = {}
     for name, variant in case.plain.items():
-        if not settings.compile and name in ("compile", "flex"):
+        if not settings.compile and ("compile" in name or name == "flex"):
             skipped[name] = "left out"
             continue
         run_once = _call(variant, case, grad)
@@ -111,15 +182,7 @@ def run(case: Case, settings: Settings, roofline: Roofline) -> list[Row]:
             skipped[name] = _first_line(error)
             continue
         plain[name] = run_once
-    timings = interleaved({**ours, **plain}, budget=settings.budget, min_rounds=settings.min_rounds)
-    for row in rows:
-        row.skipped = skipped
-        if row.variant in ours:
-            row.timing = timings[row.variant]
-            row.baselines = {name: timings[name] for name in plain}
-            _rate(row, case, expected[0], roofline)
-            _judge(row, settings)
-    return rows
+    return plain
 
 
 def compare(results: list[Tensor], plain: list[Tensor], expected: list[Tensor]) -> Check:
@@ -148,7 +211,7 @@ def _expected(case: Case) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradient to feed in, float64 results, eager results of the case's dtype."""
     out = case.oracle.forward()
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator).to(case.dtype)
+    grad = torch.randn(out.shape, generator=generator).to(out.device, case.dtype)
     eager = next(iter(case.plain.values()))
     return grad, _results(case.oracle, case, grad.double()), _results(eager, case, grad)
 
@@ -174,6 +237,9 @@ def _row(case: Case, variant: str, check: Check) -> Row:
         direction=case.direction,
         variant=variant,
         check=check,
+        apart=case.apart,
+        device=case.device,
+        macs=case.macs,
     )
     if not check.passed:
         row.refused = (
@@ -190,9 +256,10 @@ def _rate(row: Row, case: Case, out: Tensor, roofline: Roofline) -> None:
         operations, traffic = 2 * case.macs, leaves + output
     else:  # the leaves are read twice and their gradients written; the output written, its read
         operations, traffic = 2 * STEP_FLOPS * case.macs, 3 * leaves + 2 * output
+    row.bytes = traffic
     row.gflops = operations / row.timing.median / 1e9
     row.gbps = traffic / row.timing.median / 1e9
-    least = roofline.least_seconds(operations, traffic, case.dtype)
+    least = roofline.least_seconds(operations, traffic, case.dtype, cold=row.cache == COLD)
     row.roofline_share = None if least is None else least / row.timing.median
 
 
@@ -200,7 +267,8 @@ def _judge(row: Row, settings: Settings) -> None:
     """Ratios to the baselines, unless the machine was too busy to say."""
     assert row.timing is not None
     limits = settings.max_spread, settings.max_waited
-    if not row.baselines:
+    usual = {name: timing for name, timing in row.baselines.items() if name not in row.apart}
+    if not usual:
         row.refused = "no baseline ran"
         return
     row.refused = row.timing.busy(row.variant, *limits)
@@ -209,10 +277,10 @@ def _judge(row: Row, settings: Settings) -> None:
     for name, timing in row.baselines.items():
         if not timing.busy(name, *limits):
             row.ratios[name] = timing.median / row.timing.median
-    best = min(row.baselines, key=lambda name: row.baselines[name].median)
-    for name, timing in row.baselines.items():
+    best = min(usual, key=lambda name: usual[name].median)
+    for name, timing in usual.items():
         # a restless one might have been the best on a calm machine
-        if timing.fastest <= row.baselines[best].median and name not in row.ratios:
+        if timing.fastest <= usual[best].median and name not in row.ratios:
             row.refused = timing.busy(name, *limits)
             return
     row.best, row.best_ratio = best, row.ratios[best]

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
@@ -51,6 +52,10 @@ class Timing:
 
     def to_dict(self) -> dict[str, float]:
         return {**asdict(self), "spread": self.spread}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Timing:
+        return cls(**{key: value for key, value in data.items() if key != "spread"})
 
     @classmethod
     def from_samples(
@@ -103,6 +108,8 @@ def interleaved(
     max_rounds: int = 50,
     sample_seconds: float = 2e-3,
     warmup: int = 3,
+    before: Call | None = None,
+    wait: Call | None = None,
 ) -> dict[str, Timing]:
     """Time the variants against each other, round by round.
 
@@ -110,11 +117,13 @@ def interleaved(
     See `steady_heap` for tensors of tens of MB.
 
     Args:
-        variants: name -> call without arguments; each must wait for its own result.
+        variants: name -> call without arguments.
         budget: seconds for the timed rounds, all variants together.
         min_rounds, max_rounds: bounds on the number of rounds whatever the budget.
         sample_seconds: least duration of one sample.
         warmup: calls of each variant before the first round.
+        before: runs before each sample, untimed; a sample is then one call. See `device.evict`.
+        wait: returns when what a call launched is done; None where calls wait themselves.
 
     Returns:
         name -> :class:`Timing`, in the order given.
@@ -129,24 +138,47 @@ def interleaved(
             f"need 2 <= min_rounds <= max_rounds, got min_rounds={min_rounds}, "
             f"max_rounds={max_rounds}"
         )
-    calls = {name: _calls_per_sample(run, sample_seconds, warmup) for name, run in variants.items()}
+    samplers = {name: _Sampler(run, before, wait) for name, run in variants.items()}
+    for sampler in samplers.values():
+        sampler.warm_up(warmup, 0.0 if before else sample_seconds)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     with _without_gc():
         started, queued = time.perf_counter(), queued_seconds()
         for done in range(max_rounds):
             if done >= min_rounds and time.perf_counter() - started > budget:
                 break
-            for name, run in variants.items():
-                samples[name].append(_sample(run, calls[name]))
+            for name, sampler in samplers.items():
+                samples[name].append(sampler.sample())
         waited = max(0.0, queued_seconds() - queued) / (time.perf_counter() - started)
-    return {name: Timing.from_samples(samples[name], calls[name], waited) for name in variants}
+    return {
+        name: Timing.from_samples(samples[name], sampler.calls, waited)
+        for name, sampler in samplers.items()
+    }
 
 
-def _calls_per_sample(run: Call, sample_seconds: float, warmup: int) -> int:
-    once = float("inf")
-    for _ in range(max(1, warmup)):
-        once = min(once, _sample(run, 1))
-    return max(1, min(1000, round(sample_seconds / max(once, 1e-9))))
+@dataclass
+class _Sampler:
+    """One variant: how it is called, and how often in a sample."""
+
+    run: Call
+    before: Call | None
+    wait: Call | None
+    calls: int = 1
+
+    def warm_up(self, times: int, sample_seconds: float) -> None:
+        once = min(self.sample() for _ in range(max(1, times)))
+        self.calls = max(1, min(1000, round(sample_seconds / max(once, 1e-9))))
+
+    def sample(self) -> float:
+        """Seconds of a call, on average over a sample."""
+        if self.before is not None:
+            self.before()
+        started = time.perf_counter()
+        for _ in range(self.calls):
+            self.run()
+        if self.wait is not None:
+            self.wait()
+        return (time.perf_counter() - started) / self.calls
 
 
 def queued_seconds() -> float:
@@ -159,13 +191,6 @@ def queued_seconds() -> float:
         with suppress(OSError, ValueError, IndexError):  # a thread may end while we look
             total += int(task.read_text().split()[1])
     return total / 1e9
-
-
-def _sample(run: Call, calls: int) -> float:
-    started = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - started) / calls
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ class LoadReport(NamedTuple):
 
 
 def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
-    """Copy an official checkpoint's weights into `model`.
+    """Copy an official checkpoint's weights, or timm's of CoaT or CrossViT, into `model`.
 
     Args:
         model: from `create_model`.
-        state_dict: the official state dict, or a checkpoint that holds it under "state_dict" or
-            "model"; a "module." prefix is dropped. Position embeddings are reshaped between the
+        state_dict: the official or timm's state dict, or a checkpoint that holds it under
+            "state_dict" or "model"; a "module." prefix is dropped. timm's CrossViT names its
+            position embeddings and CLS tokens otherwise, and its CoaT lacks norms that no head
+            reads; either is recognised by its keys. Position embeddings are reshaped between the
             classifier's and the backbone's layout and resized bicubically to the model's image
             size. Index buffers are compared with the model's rule and dropped. A tensor that the
             model shares between several keys may stand under any of them. A classifier's
@@ -31,7 +34,7 @@ def load_official(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport
 
     Returns:
         Which keys were ignored and which of the model's kept their values; both are empty where
-        checkpoint and model are of one kind.
+        checkpoint and model are of one kind. From timm's CoaT the norms that it lacks are kept.
 
     Raises:
         TypeError: where the checkpoint holds no tensors.
@@ -97,6 +100,30 @@ def resize_positions(grid: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(grid.shape[-2:]) == size:
         return grid
     return F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+
+
+def resize_token_positions(
+    positions: Tensor, prefix: int, grid: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """A position embedding [1, prefix + h w, C] of one grid for another, bicubic."""
+    if grid == size:
+        return positions
+    image = positions[:, prefix:].mT.unflatten(2, grid)
+    return torch.cat([positions[:, :prefix], resize_positions(image, size).flatten(2).mT], 1)
+
+
+def token_side(positions: Tensor, prefix: int) -> int:
+    """Of the square grid that a position embedding is for; 0 where it is for none.
+
+    The loader reports the shape of such a one.
+    """
+    return square_side(positions.shape[1] - prefix) if positions.dim() == 3 else 0
+
+
+def square_side(count: int) -> int:
+    """The root of a count that is a square number, 0 of another."""
+    side = math.isqrt(max(count, 0))
+    return side if side * side == count else 0
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -125,12 +125,16 @@ class CoaT(nn.Module):
             nn.init.trunc_normal_(self._at("cls_token", scale), std=0.02)
 
     def _add_head(self, num_classes: int) -> None:
-        read = PARALLEL if self.parallel_blocks else (4,)
         for scale, dim in zip(SCALES, self.dims, strict=True):
-            self.add_module(f"norm{scale}", norm_layer(dim).requires_grad_(scale in read))
+            read = scale in self._read_scales()
+            self.add_module(f"norm{scale}", norm_layer(dim).requires_grad_(read))
         if self.parallel_blocks:
             self.aggregate = nn.Conv1d(len(PARALLEL), 1, 1)
         self.head = Linear(self.dims[-1], num_classes) if num_classes else nn.Identity()
+
+    def _read_scales(self) -> tuple[int, ...]:
+        """Whose CLS tokens a classifier's head reads."""
+        return PARALLEL if self.parallel_blocks else (4,)
 
     def _at(self, name: str, scale: int) -> Any:
         """The parameter or module `name` of a scale."""
@@ -177,9 +181,14 @@ class CoaT(nn.Module):
         return serial + [b.attention(stage) for b in parallel]
 
     def adapt_official(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """An official state in this model's layout, and the prefixes of keys it need not fit."""
-        head = ("norm1.", "norm2.", "norm3.", "norm4.", "aggregate.", "head.")
-        return state, head if self.features_only else ()
+        """A state in this model's layout, and the prefixes of keys it need not fit.
+
+        The official layout is the model's own; timm's lacks the norms that the head does not read.
+        """
+        norms = {scale: f"norm{scale}." for scale in SCALES}
+        if self.features_only:
+            return state, (*norms.values(), "aggregate.", "head.")
+        return state, tuple(norms[scale] for scale in SCALES if scale not in self._read_scales())
 
 
 @torch.no_grad()

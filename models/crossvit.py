@@ -6,7 +6,7 @@ Two branches, small (0) and large (1), each on the image in its own size and pat
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_ops.clsattn import cls_cross_attention_map
-from xattn_ops.models.checkpoints import resize_positions
+from xattn_ops.models.checkpoints import resize_token_positions, token_side
 from xattn_ops.models.crossvit_blocks import (
     BRANCHES,
     FUSIONS,
@@ -33,6 +33,7 @@ from xattn_ops.models.registry import register
 # Patches of 12 pixels see the image enlarged by 15/14, patches of other sizes as it is. In whole
 # patches these are 240 pixels for 224, 408 for 384 and 504 for 480 (table 4).
 ENLARGE = {12: (15, 14)}
+_TIMM = re.compile(r"^(pos_embed|cls_token)_(\d+)$")
 
 
 class CrossViT(nn.Module):
@@ -122,15 +123,20 @@ class CrossViT(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """image [B, 3, H, W] -> logits [B, num_classes], or both branches' maps [B, C, h, w]."""
-        xs, grids = self.tokens(image)
         if self.features_only:
-            normed = [norm(x)[:, self.prefix :] for norm, x in zip(self.norm, xs, strict=True)]
-            return [x.mT.unflatten(2, grid) for x, grid in zip(normed, grids, strict=True)]
+            return self.maps(image)
+        xs, _ = self.tokens(image)
         small, large = (
             head(norm(x[:, 0]) if self.prefix else norm(x).mean(1))
             for head, norm, x in zip(self.head, self.norm, xs, strict=True)
         )
         return (small + large) / 2 if self.has_head else torch.cat([small, large], 1)
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W] -> both branches' normalised patches at the end, [B, C, h, w]."""
+        xs, grids = self.tokens(image)
+        normed = [norm(x)[:, self.prefix :] for norm, x in zip(self.norm, xs, strict=True)]
+        return [x.mT.unflatten(2, grid) for x, grid in zip(normed, grids, strict=True)]
 
     def tokens(self, image: Tensor) -> tuple[list[Tensor], list[Grid]]:
         """image [B, 3, H, W] -> each branch's tokens [B, P + h w, C] at the end, and (h, w)."""
@@ -158,7 +164,7 @@ class CrossViT(nn.Module):
         x = self.patch_embed[branch](image).flatten(1, 2)
         if prefix:
             x = torch.cat([self.cls_token[branch].expand(x.shape[0], -1, -1), x], 1)
-        positions = _resized(self.pos_embed[branch], prefix, self.grids[branch], grid)
+        positions = resize_token_positions(self.pos_embed[branch], prefix, self.grids[branch], grid)
         return F.dropout(x + positions, self.drop, self.training)
 
     def attentions(self, stage: int) -> list[CrossAttentionBlock]:
@@ -171,14 +177,19 @@ class CrossViT(nn.Module):
         return [f if isinstance(f, CrossAttentionBlock) else f[-1] for f in found.fusion]  # type: ignore[index]
 
     def adapt_official(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """An official state in this model's layout, and the prefixes of keys it need not fit."""
-        state = dict(state)
+        """A state in this model's layout, and the prefixes of keys it need not fit.
+
+        timm's has pos_embed_0 where the official has pos_embed.0, and cls_token likewise.
+        """
+        state = {_TIMM.sub(r"\1.\2", key): tensor for key, tensor in state.items()}
         for b in BRANCHES:
             key = f"pos_embed.{b}"
-            side = _side(state[key], self.prefix) if key in state else 0
+            side = token_side(state[key], self.prefix) if key in state else 0
             if side:
                 resized = state[key].to(self.pos_embed[b])
-                state[key] = _resized(resized, self.prefix, (side, side), self.grids[b])
+                state[key] = resize_token_positions(
+                    resized, self.prefix, (side, side), self.grids[b]
+                )
         if not self.features_only:
             return state, ()
         last = f"blocks.{len(self.blocks) - 1}."
@@ -238,24 +249,6 @@ def cls_attention(model: CrossViT, image: Tensor, stage: int) -> list[Tensor]:
 
 def _parameters(shapes: Iterable[Sequence[int]]) -> nn.ParameterList:
     return nn.ParameterList(nn.Parameter(torch.empty(*shape)) for shape in shapes)
-
-
-def _resized(positions: Tensor, prefix: int, grid: Grid, size: Grid) -> Tensor:
-    """A position embedding [1, prefix + h w, C] of one grid for another, bicubic."""
-    if grid == size:
-        return positions
-    image = positions[:, prefix:].mT.unflatten(2, grid)
-    return torch.cat([positions[:, :prefix], resize_positions(image, size).flatten(2).mT], 1)
-
-
-def _side(positions: Tensor, prefix: int) -> int:
-    """Of the square grid that a position embedding is for; 0 where it is for none.
-
-    The loader reports the shape of such a one.
-    """
-    count = positions.shape[1] - prefix if positions.dim() == 3 else 0
-    side = math.isqrt(max(count, 0))
-    return side if side * side == count else 0
 
 
 def _check_options(

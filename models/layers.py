@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -94,11 +95,36 @@ def add_mlp(mlp: nn.Module, x: Tensor, shortcut: Tensor, drop_path: DropPath) ->
 def run(block: Callable[..., Any], *args: Any, recompute: bool) -> Any:
     """block(*args); with recompute, backward computes its activations anew instead of keeping them.
 
-    The random numbers are the same both times.
+    The random numbers are the same both times; running statistics are updated once.
     """
-    if recompute and torch.is_grad_enabled():
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*args)
+    norms = _batch_norms(block)
+    if not norms or torch.compiler.is_compiling():  # a compiler repeats no updates of buffers
         return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_kept(norms)
+
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _batch_norms(block: Callable[..., Any]) -> list[Any]:
+    modules = block.modules() if isinstance(block, nn.Module) else ()
+    return [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@contextmanager
+def _statistics_kept(norms: list[Any]) -> Iterator[None]:
+    """What BatchNorms see in training moves their running statistics by nothing."""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, kept in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = kept
 
 
 def image_size(img_size: int | tuple[int, int] | None) -> tuple[int, int]:

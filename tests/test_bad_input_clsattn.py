@@ -1,191 +1,87 @@
-"""As test_bad_input.py, for cls_cross_attention."""
+"""As test_bad_input.py, for cls_cross_attention, its map and its module."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+import math
 
 import pytest
 import torch
-from support.cases import DENSE, wrong
 from support.clsattn import SMALL
+from support.wrong import (
+    activation,
+    backend,
+    companion,
+    integer,
+    of_type,
+    of_value,
+    probability,
+    refuses,
+    required,
+    scale,
+)
 
-from xattn_ops import cls_cross_attention
+from xattn_ops import ClsCrossAttention, cls_cross_attention
 from xattn_ops.clsattn import cls_cross_attention_map
 
-f32, f64 = torch.float32, torch.float64
-GOOD = SMALL.tensors(f32, requires_grad=False) | SMALL.options  # 2 images, 7 patches, 2 heads of 4
-
-
-def _of(name: str, layout: str, *sizes: int) -> list[Any]:
-    """What every weight and bias refuses alike."""
-    size = f"{layout} = {list(sizes)}"
-    wider = [s + 1 for s in sizes]
-    return [
-        wrong(
-            f"{name}_list",
-            TypeError,
-            f"{name} must be a tensor {layout}, got list",
-            **{name: [1.0]},
-        ),
-        wrong(
-            f"{name}_rank",
-            ValueError,
-            f"{name} must be {layout}, got shape {[1, *sizes]}",
-            **{name: torch.zeros(1, *sizes)},
-        ),
-        wrong(
-            f"{name}_size",
-            ValueError,
-            f"{name} must be {size}, got shape {wider}",
-            **{name: torch.zeros(wider)},
-        ),
-        wrong(
-            f"{name}_dtype",
-            TypeError,
-            f"{name} must have the dtype of cls_token, torch.float32, got torch.float64",
-            **{name: torch.zeros(sizes, dtype=f64)},
-        ),
-        wrong(
-            f"{name}_device",
-            ValueError,
-            f"{name} must be on the device of cls_token, cpu, got meta",
-            **{name: torch.zeros(sizes, device="meta")},
-        ),
-    ]
-
+# 2 images, 7 patches, 2 heads of 4
+GOOD = SMALL.tensors(torch.float32, requires_grad=False) | SMALL.options
+OF_KEYS = {n: given for n, given in GOOD.items() if not n.startswith("v_")}
+PATCHES = "patches must be [B, N, C] with B = 2, N at least 1 and C = 8"
 
 KEYS = [  # what the map refuses too
-    wrong("list", TypeError, "cls_token must be a tensor [B, 1, C], got list", cls_token=[1.0]),
-    wrong(
-        "int64",
-        TypeError,
-        f"cls_token must be {DENSE}, got torch.int64",
-        cls_token=torch.zeros(2, 1, 8, dtype=torch.int64),
+    *activation("cls_token", "[B, 1, C]", 2, 1, 8),
+    of_value("cls_token must be [B, 1, C], got shape [2, 2, 8]", cls_token=torch.zeros(2, 2, 8)),
+    required("patches", "[B, N, C]"),
+    *companion("patches", "[B, N, C]", 2, 7, 8, of="cls_token", exact=False),
+    *(
+        of_value(f"{PATCHES}, got shape {list(shape)}", patches=torch.zeros(shape))
+        for shape in ((3, 7, 8), (1, 7, 8), (2, 0, 8), (2, 7, 12))
     ),
-    wrong(
-        "sparse",
-        TypeError,
-        "cls_token must be a dense (strided) tensor, got torch.sparse_coo",
-        cls_token=torch.zeros(2, 1, 8).to_sparse(),
-    ),
-    wrong(
-        "rank",
-        ValueError,
-        "cls_token must be [B, 1, C], got shape [2, 8]",
-        cls_token=torch.zeros(2, 8),
-    ),
-    wrong(
-        "two_tokens",
-        ValueError,
-        "cls_token must be [B, 1, C], got shape [2, 2, 8]",
-        cls_token=torch.zeros(2, 2, 8),
-    ),
-    wrong(
-        "no_token",
-        ValueError,
-        "cls_token must be [B, 1, C] with every size but the first at least 1, got shape [2, 0, 8]",
-        cls_token=torch.zeros(2, 0, 8),
-    ),
-    wrong("patches_none", TypeError, "patches must be a tensor [B, N, C], got No", patches=None),
-    wrong(
-        "patches_rank",
-        ValueError,
-        "patches must be [B, N, C], got shape [2, 7, 1, 8]",
-        patches=torch.zeros(2, 7, 1, 8),
-    ),
-    wrong(
-        "patches_dtype",
-        TypeError,
-        "patches must have the dtype of cls_token, torch.float32, got torch.bfloat16",
-        patches=torch.zeros(2, 7, 8, dtype=torch.bfloat16),
-    ),
-    wrong(
-        "patches_device",
-        ValueError,
-        "patches must be on the device of cls_token, cpu, got meta",
-        patches=torch.zeros(2, 7, 8, device="meta"),
+    *integer("num_heads", 1),
+    of_value("num_heads must divide the channels of cls_token, 8, got 3", num_heads=3),
+    *(
+        given
+        for name in ("q_weight", "k_weight")
+        for given in (
+            required(name, "[C, C]"),
+            *companion(name, "[C, C]", 8, 8, of="cls_token"),
+        )
     ),
     *(
-        wrong(
-            f"patches_{id}",
-            ValueError,
-            "patches must be [B, N, C] with B = 2, N at least 1 and C = 8, "
-            f"got shape {list(shape)}",
-            patches=torch.zeros(shape),
-        )
-        for id, shape in {
-            "batch": (3, 7, 8),
-            "of_one_image": (1, 7, 8),
-            "none": (2, 0, 8),
-            "channels": (2, 7, 12),
-        }.items()
+        given
+        for name in ("q_bias", "k_bias", "norm_weight", "norm_bias")
+        for given in companion(name, "[C]", 8, of="cls_token")
     ),
-    wrong(
-        "heads_do_not_divide",
-        ValueError,
-        "num_heads must divide the channels of cls_token, 8, got 3",
-        num_heads=3,
-    ),
-    wrong("heads_zero", ValueError, "num_heads must be at least 1, got 0", num_heads=0),
-    wrong("heads_float", TypeError, "num_heads must be an int, got float", num_heads=2.0),
-    wrong("heads_bool", TypeError, "num_heads must be an int, got bool", num_heads=True),
-    *_of("q_weight", "[C, C]", 8, 8),
-    *_of("k_weight", "[C, C]", 8, 8),
-    *_of("q_bias", "[C]", 8),
-    *_of("k_bias", "[C]", 8),
-    *_of("norm_weight", "[C]", 8),
-    *_of("norm_bias", "[C]", 8),
-    wrong(
-        "norm_bias_alone",
-        ValueError,
-        "norm_bias must be None where norm_weight is None, got a tensor",
-        norm_weight=None,
-    ),
-    wrong("eps_text", TypeError, "eps must be a float, got str", eps="1e-6"),
-    wrong("eps_bool", TypeError, "eps must be a float, got bool", eps=True),
-    wrong("eps_negative", ValueError, "eps must be at least 0, got -1e-06", eps=-1e-6),
-    wrong("eps_nan", ValueError, "eps must be at least 0, got nan", eps=float("nan")),
-    wrong("scale_text", TypeError, "scale must be a float or None, got str", scale="1"),
-    wrong("scale_bool", TypeError, "scale must be a float or None, got bool", scale=True),
+    of_value("norm_bias must be None where norm_weight is None, got a tensor", norm_weight=None),
+    of_type("eps must be a float, got str", eps="1e-6"),
+    of_type("eps must be a float, got bool", eps=True),
+    of_value("eps must be at least 0, got -1e-06", eps=-1e-6),
+    of_value("eps must be at least 0, got nan", eps=math.nan),
+    *scale(),
 ]
 
-ATTENTION = [
-    *_of("v_weight", "[C, C]", 8, 8),
-    *_of("v_bias", "[C]", 8),
-    wrong("v_weight_none", TypeError, "v_weight must be a tensor [C, C], got No", v_weight=None),
-    wrong("dropout_one", ValueError, "dropout_p must be in [0, 1), got 1.0", dropout_p=1.0),
-    wrong("dropout_negative", ValueError, "dropout_p must be in [0, 1), got -0.1", dropout_p=-0.1),
-    wrong("dropout_text", TypeError, "dropout_p must be a float, got str", dropout_p="0.1"),
-    wrong(
-        "backend_unknown",
-        ValueError,
-        "backend must be one of cuda, triton, cpu, reference, got 'gpu'",
-        backend="gpu",
-    ),
-    wrong(
-        "backend_that_cannot",
-        ValueError,
-        "backend 'cuda' cannot serve cls_cross_attention: "
-        "cls_cross_attention has no cuda kernel in this version",
-        backend="cuda",
-    ),
-]
+test_cls_cross_attention = refuses(
+    cls_cross_attention,
+    GOOD,
+    *KEYS,
+    required("v_weight", "[C, C]"),
+    *companion("v_weight", "[C, C]", 8, 8, of="cls_token"),
+    *companion("v_bias", "[C]", 8, of="cls_token"),
+    *probability("dropout_p"),
+    *backend(cls_cross_attention),
+)
 
+test_attention_map = refuses(cls_cross_attention_map, OF_KEYS, *KEYS)
 
-@pytest.mark.parametrize(("arguments", "error", "message"), KEYS + ATTENTION)
-def test_cls_cross_attention(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        cls_cross_attention(**GOOD | arguments)
-
-
-@pytest.mark.parametrize(("arguments", "error", "message"), KEYS)
-def test_attention_map(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    good = {name: value for name, value in GOOD.items() if not name.startswith("v_")}
-    with pytest.raises(error, match=re.escape(message)):
-        cls_cross_attention_map(**good | arguments)
+test_cls_module = refuses(
+    ClsCrossAttention,
+    {"dim": 12, "num_heads": 3},
+    *integer("dim", 1),
+    *integer("num_heads", 1),
+    of_value("num_heads must divide dim, 12, got 5", num_heads=5),
+    *probability("attn_drop"),
+    *probability("proj_drop"),
+)
 
 
 def test_options_told_apart_by_their_spelling() -> None:

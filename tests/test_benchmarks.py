@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import replace
-from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.console import Console
-from support.benchmarks import tiny
+from support.benchmarks import QUICK, ROOF, calm, tiny
 
 from xattn_ops import cli, inner_patch_attention
 from xattn_ops.benchmarks import cases, command, memory, report, roofline, runner, timing
@@ -15,13 +14,7 @@ from xattn_ops.benchmarks.cases import FORWARD, STEP
 from xattn_ops.benchmarks.roofline import Roofline
 from xattn_ops.benchmarks.timing import Timing
 
-QUICK = runner.Settings(budget=0.01, min_rounds=3, compile=False, max_spread=1e9, max_waited=1e9)
-ROOF = Mock(spec=Roofline, **{"least_seconds.return_value": 1e-9})
 OPERATORS = list(cases.BUILDERS)
-
-
-def calm(seconds, **changes):
-    return replace(Timing(seconds, seconds, 0.01 * seconds, 9, 1, 1), **changes)
 
 
 def timed_as(monkeypatch, **timings):
@@ -101,7 +94,8 @@ def test_each_case_passes_its_check_and_is_measured(operator, dtype, direction):
     assert row.refused == ""
     assert row.timing.median > 0
     assert {"eager"} <= set(row.baselines) == set(row.ratios)
-    assert row.best_ratio == min(row.ratios.values())
+    usual = [ratio for name, ratio in row.ratios.items() if name not in row.apart]
+    assert row.best_ratio == min(usual)
     assert row.gflops > 0 < row.gbps
     assert row.roofline_share > 0
     assert set(row.skipped.values()) == {"left out"}
@@ -226,6 +220,20 @@ def test_a_restless_baseline_that_cannot_be_the_best_does_not_matter(monkeypatch
     assert set(row.ratios) == {"sdpa"}
 
 
+def test_a_baseline_apart_has_a_ratio_but_is_not_the_best(monkeypatch):
+    case = replace(tiny("cpsa"), apart=("sdpa",))
+    timed_as(monkeypatch, fused=calm(1.0), eager=calm(6.0), sdpa=calm(4.0))
+    (row,) = runner.run(case, runner.Settings(compile=False), ROOF)
+    assert (row.best, row.ratios) == ("eager", {"eager": 6.0, "sdpa": 4.0})
+    timed_as(monkeypatch, fused=calm(1.0), eager=calm(6.0), sdpa=calm(4.0, iqr=3.0))
+    (restless,) = runner.run(case, runner.Settings(compile=False), ROOF)
+    assert (restless.best_ratio, restless.ratios) == (6.0, {"eager": 6.0})
+    assert report.markdown([row, restless]).splitlines()[2:] == [
+        "| cpsa float32 | 6x9x8 | 6.0 / 6.0 |",
+        "| cpsa float32, over sdpa | 6x9x8 | 4.0 / busy |",
+    ]
+
+
 # ---------------------------------------------------------------------------- roofline and memory
 
 
@@ -342,9 +350,28 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
             id="what-goes-with-coat",
         ),
         pytest.param(
+            ["clsattn", "--blocks", "--models"],
+            [("clsattn", 0), ("clsattn", 1), ("crossvit_15", 0)],
+            id="what-goes-with-crossvit",
+        ),
+        pytest.param(
+            ["digest", "--stages", "1", "--blocks", "--models"],
+            [("digest", 1), ("cabvit_block", 1), ("cabvit_h_l2", 0)],
+            id="what-goes-with-cabvit",
+        ),
+        pytest.param(
             ["--models", "--blocks", "--stages", "3"],
-            [("cab", 3), ("coat_block", 3)]
-            + [(name, 0) for name in ("cat_small", "coat_lite_small", "coat_mini")],
+            [("cab", 3), ("coat_block", 3), ("cabvit_block", 3)]
+            + [
+                (name, 0)
+                for name in (
+                    "cat_small",
+                    "coat_lite_small",
+                    "coat_mini",
+                    "cabvit_h_l2",
+                    "crossvit_15",
+                )
+            ],
             id="blocks-and-models-alone",
         ),
         pytest.param(["--models", "coat_tiny"], [("coat_tiny", 0)], id="a-model"),

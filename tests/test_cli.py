@@ -17,7 +17,9 @@ from xattn_ops.demo import measure, photo, pictures
 from xattn_ops.demo.attention import cross_patch_weights, inner_patch_weights
 from xattn_ops.demo.command import load_model
 from xattn_ops.models import create_model
+from xattn_ops.models.cabvit import attention_maps
 from xattn_ops.models.coat import cls_attention
+from xattn_ops.models.crossvit import cls_attention as crossvit_attention
 
 PNGS = {"feature_maps", "ipsa_attention", "cpsa_attention", "latency"}
 COAT_PNGS = {"feature_maps", "cls_attention", "latency"}
@@ -118,15 +120,55 @@ def assert_pictures(folder, names):
     [
         pytest.param("coat_lite_tiny", "60.63", id="serial"),
         pytest.param("coat_tiny", "322.33", id="parallel"),
+        pytest.param("crossvit_tiny", "14.67", id="crossvit"),
     ],
 )
-def test_demo_shows_what_the_cls_token_of_coat_looks_at(model, macs, tmp_path, capsys):
+def test_demo_shows_what_the_cls_tokens_look_at(model, macs, tmp_path, capsys):
     assert cli.main(["demo", "--model", model, "--out", str(tmp_path), *FAST]) == 0
     out = capsys.readouterr().out
     assert f"{model} with RANDOM weights" in out
-    assert out.count("yes") >= 8  # two operators at four stages agree
+    # two operators at four stages agree, or one in two branches
+    assert out.count("yes") == (2 if model == "crossvit_tiny" else 8)
     assert macs in out  # MMACs of the attention at stage 1, by formula and by count
     assert_pictures(tmp_path, COAT_PNGS)
+
+
+def test_demo_shows_what_a_token_takes_of_digests(tmp_path, capsys):
+    assert cli.main(["demo", "--model", "cabvit_h_l1", "--out", str(tmp_path), *FAST]) == 0
+    out = capsys.readouterr().out
+    assert "cabvit_h_l1 with RANDOM weights" in out
+    assert out.count("yes") >= 2  # one operator at two stages agrees
+    assert out.count("55.57") == 2  # MMACs at stage 3, by formula and by count
+    assert_pictures(tmp_path, {"feature_maps", "digest_attention", "latency"})
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "names"),
+    [
+        ("cabvit_h_l1", [], [(3, 1), (3, 3), (3, 5), (4, 1)]),  # those of the paper's figure 6
+        ("cabvit_h_l1", ["--block", "0"], [(3, 0), (4, 0)]),
+        ("cabvit_h_l1", ["--block", "-5"], [(3, 1)]),
+        ("cabvit_p_l0", ["--block", "-1"], [(1, 11)]),
+    ],
+)
+def test_demo_draws_digests_of_the_blocks_that_are_asked_for(
+    model, block, names, tmp_path, monkeypatch
+):
+    drawn = []
+    draw = pictures.digest_attention_maps
+
+    def digest_attention_maps(picture, maps, *rest):
+        drawn.extend(maps)
+        draw(picture, maps, *rest)
+
+    monkeypatch.setattr(pictures, "digest_attention_maps", digest_attention_maps)
+    demo = ["demo", "--model", model, "--size", "64", "--out", str(tmp_path), *FAST]
+    assert cli.main([*demo, *block]) == 0
+    assert [name for name, _ in drawn] == [f"stage {s}, block {b}" for s, b in names]
+    stage, index = names[0]
+    image = photo.load(None, 64).tensor
+    expected = attention_maps(load_model(model, None), image, stage, index)
+    torch.testing.assert_close(drawn[0][1], expected)
 
 
 def test_demo_draws_the_block_that_is_asked_for(tmp_path, monkeypatch):
@@ -144,6 +186,29 @@ def test_demo_draws_the_block_that_is_asked_for(tmp_path, monkeypatch):
     model = load_model("coat_tiny", None)
     torch.testing.assert_close(third[1][1], cls_attention(model, image, stage=3, block=3)[0])
     torch.testing.assert_close(last[0][1], cls_attention(model, image, stage=1, block=1)[0])
+
+
+def test_demo_draws_both_branches_of_every_stage_of_crossvit(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "cls_attention_maps", lambda _, maps, *rest: drawn.extend(maps))
+    demo = ["demo", "--model", "crossvit_9", "--size", "64", "--out", str(tmp_path), *FAST]
+    assert cli.main(demo) == 0
+    names = [name for name, _ in drawn]
+    assert names == [f"stage {s},\n{b} branch's CLS" for s in (1, 2, 3) for b in ("small", "large")]
+    image, model = photo.load(None, 64).tensor, load_model("crossvit_9", None)
+    small, large = crossvit_attention(model, image, 2)
+    torch.testing.assert_close(drawn[2][1], small[0])
+    torch.testing.assert_close(drawn[3][1], large[0])
+
+
+def test_demo_takes_official_weights_of_crossvit(tmp_path, capsys):
+    torch.manual_seed(3)
+    checkpoint = tmp_path / "crossvit.pth"
+    torch.save(create_model("crossvit_tiny").state_dict(), checkpoint)
+    arguments = ["--model", "crossvit_tiny", "--weights", str(checkpoint), "--size", "48"]
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path / "out"), *FAST]) == 0
+    assert "crossvit_tiny with official weights" in capsys.readouterr().out
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == COAT_PNGS
 
 
 def test_demo_takes_a_photo_of_any_size_and_official_weights(tmp_path, capsys):
@@ -183,7 +248,17 @@ def test_demo_fails_where_an_operator_disagrees(tmp_path, monkeypatch, capsys):
         pytest.param(["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth", id="weights"),
         pytest.param(["--size", "8"], "--size must be at least 32 pixels, got 8", id="size"),
         pytest.param(["--batch", "0"], "--batch must be at least 1, got 0", id="batch"),
-        pytest.param(["--block", "0"], "cat_tiny has no CLS token", id="no-cls-token"),
+        pytest.param(["--block", "0"], "of CLS or of digests, and cat_tiny has", id="no-cls-token"),
+        pytest.param(
+            ["--model", "cabvit_h_l1", "--block", "6"],
+            "--block must be -6 to 5, got 6",
+            id="no-such-digests",
+        ),
+        pytest.param(
+            ["--model", "crossvit_9", "--block", "0"],
+            "of CLS or of digests, and crossvit_9 has one of each",
+            id="no-choice-of-block",
+        ),
         pytest.param(
             ["--model", "coat_lite_tiny", "--block", "2"],
             "--block must be -2 to 1, got 2",
@@ -292,13 +367,47 @@ def test_capture_finds_coats_operators_on_their_grids():
     assert not captured[0].module._forward_pre_hooks
 
 
-@pytest.mark.parametrize("name", ["cat_tiny", "coat_lite_tiny"])
+def test_capture_finds_crossvits_operators_on_the_grid_that_they_look_at():
+    model = load_model("crossvit_9", None)
+    captured, _ = measure.capture(model, torch.zeros(1, 3, 64, 64))
+    found = [(one.operator, one.stage, one.shape) for one in captured]
+    assert found == [("clsattn", 1, "4x4x256"), ("clsattn", 2, "5x5x128")]
+    assert captured[0].module is model.blocks[0].fusion[0].attn
+    cls, patches, norm = captured[0].inputs
+    assert (cls.shape, patches.shape) == ((1, 1, 256), (1, 16, 256))
+    assert norm is model.blocks[0].fusion[0].norm1
+    exact = captured[0].arguments(3, torch.float64)
+    assert (exact[0].shape, exact[1].dtype, exact[2].weight.dtype) == (
+        (3, 1, 256), torch.float64, torch.float64
+    )  # fmt: skip
+    assert norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["cat_tiny", "coat_lite_tiny", "crossvit_9", "cabvit_h_l1"])
 def test_the_papers_macs_are_those_counted(name):
     captured, _ = measure.capture(load_model(name, None), torch.zeros(1, 3, 64, 64))
     measured = [measure.measure(one, 1, 0.0) for one in captured]
     formulas = [(one.captured.operator, one.formula_macs) for one in measured]
     counted = [(one.captured.operator, one.counted_macs) for one in measured]
     assert formulas == counted
+
+
+def test_capture_finds_the_last_digest_attention_of_every_stage_with_its_tables():
+    model, image = load_model("cabvit_h_l1", None), torch.randn(1, 3, 96, 64)
+    captured, _ = measure.capture(model, image)
+    assert [(one.operator, one.stage, one.shape) for one in captured] == [
+        ("digest", 3, "6x4x192"),
+        ("digest", 4, "3x2x320"),
+    ]
+    block = model.cab_blocks(3)[-1]
+    seen = []
+    block.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(image)
+    x, grid, digests = seen[0]
+    one = captured[0]
+    assert one.module.num_digests == digests.shape[1] == 5 * 2
+    expected = block.proj(block.attend(block.norm1(x), digests, block.tables_on(grid)))
+    torch.testing.assert_close(one.module(*one.arguments()), expected)
 
 
 def test_the_map_of_cls_is_drawn_whatever_its_range(tmp_path):

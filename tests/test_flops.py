@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xattn_ops import (
     ClsCrossAttention,
+    ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
     DigestAttention,
@@ -14,6 +15,8 @@ from xattn_ops import (
     conv_relative_attention,
     flops,
 )
+from xattn_ops.benchmarks.baselines import cls_absorbed
+from xattn_ops.cpsa import cross_patch_attention_reference
 from xattn_ops.models import create_model
 
 
@@ -63,6 +66,29 @@ def test_formula_equals_count_for_cpsa(height, width, patch, heads, backend):
     assert counted == 2 * flops.cpsa(height, width, 5, patch)
 
 
+def test_what_the_absorbed_cpsa_executes():
+    """The products that `cpsa_absorbed` counts give what eq. 3 gives."""
+    length = 4 * 3
+    x = torch.randn(2, 8, 9, 5).double()
+    qkv, proj = torch.randn(3 * length, length).double(), torch.randn(length, length).double()
+    with FlopCounterMode(display=False) as counter:
+        wq, wk, wv = qkv.split(length)
+        tokens = x.unflatten(1, (2, 4)).unflatten(3, (3, 3)).permute(0, 5, 1, 3, 2, 4).flatten(4)
+        tokens = tokens.flatten(2, 3)  # [B, C, T, P]
+        weights = (tokens @ (wq.T @ wk) @ tokens.mT * length**-0.5).softmax(-1)
+        out = weights @ tokens @ (wv.T @ proj.T)
+    assert counter.get_total_flops() // 2 == flops.cpsa_absorbed(8, 9, 5, (4, 3), batch=2)
+    expected = cross_patch_attention_reference(x, qkv, None, proj, None, patch=(4, 3))
+    out = out.unflatten(3, (4, 3)).unflatten(2, (2, 3)).permute(0, 2, 4, 3, 5, 1)
+    torch.testing.assert_close(out.reshape(x.shape), expected)
+
+
+def test_absorbing_pays_off_and_leaves_one_projection_of_one_patch():
+    assert flops.cpsa_absorbed(56, 56, 96) < 0.7 * flops.cpsa(56, 56, 96)
+    assert flops.cpsa_absorbed(7, 7, 768, batch=8) == 8 * 49 * 49 * 768 + 49**3
+    assert flops.cls_cross_absorbed(400, 192, 6) < flops.cls_cross(400, 192) / 25
+
+
 class Square(nn.Module):
     """A module of tokens on a square image behind `prefix` tokens, as a module of one argument."""
 
@@ -90,6 +116,13 @@ def test_formula_equals_count_for_conv_relative(side, dim, heads, windows, prefi
     )
     counted = flops.count(Square(module, prefix), (2, prefix + side * side, dim))[""]
     assert counted == 2 * flops.conv_relative(side, side, dim, heads, windows, prefix)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_formula_equals_count_for_conv_position(backend):
+    module = Square(ConvPositionEncoding(24, 5, num_prefix_tokens=2, backend=backend), 2)
+    counted = flops.count(module, (3, 2 + 36, 24))[""]
+    assert counted == 3 * flops.conv_position(6, 6, 24, 5)
 
 
 def test_conv_relative_by_hand():
@@ -131,6 +164,16 @@ def test_formula_equals_count_for_cls_cross(patches, dim, heads, backend):
     module = Pooled(ClsCrossAttention(dim, heads, backend=backend))
     counted = flops.count(module, (2, patches, dim))[""]
     assert counted == 2 * flops.cls_cross(patches, dim)
+
+
+def test_what_the_absorbed_cls_cross_attention_executes():
+    cls, patches = torch.randn(1, 1, 12), torch.randn(1, 9, 12)
+    weights = [torch.randn(12, 12), torch.randn(12)] * 3
+    with FlopCounterMode(display=False) as counter:
+        cls_absorbed(3)(cls, patches, *weights)
+    output_projection = 12 * 12
+    executed = counter.get_total_flops() // 2 + output_projection
+    assert executed == flops.cls_cross_absorbed(9, 12, 3)
 
 
 def test_cls_cross_is_linear_in_the_patches():
@@ -177,6 +220,17 @@ def test_formula_equals_count_for_digest(grid, prefix, digests, backend):
     assert counted == 3 * flops.digest(tokens, 16, digests)
 
 
+def test_shares_of_a_block_that_the_paper_names():
+    """CabViT, section 3.3: in DeiT-Tiny's block 2 n^2 d are 15 % and the FFN is 56 %.
+
+    The formulas of Fig. 5 give 14.5 % and 57.0 % at the n = 196 and d = 192 that it names.
+    """
+    attention, ffn = flops.msa(14, 14, 192), flops.ffn(196, 192)
+    assert attention + ffn == 12 * 196 * 192**2 + 2 * 196**2 * 192
+    assert 2 * 196**2 * 192 / (attention + ffn) == pytest.approx(0.145, abs=5e-4)
+    assert ffn / (attention + ffn) == pytest.approx(0.570, abs=5e-4)
+
+
 def test_digests_cost_what_the_paper_says():
     """Section 3.3: the cost of plain attention without them, and linear in their number."""
     assert flops.digest(196, 192) == flops.msa(14, 14, 192)
@@ -204,6 +258,30 @@ def test_count_gives_each_module_its_share_and_its_parents_the_sum():
     macs = flops.count(model, (2, 3, 8, 8))
     conv, linear = 2 * 64 * 4 * 27, 2 * 256 * 10
     assert macs == {"": conv + linear, "0": conv, "1": linear, "1.1": linear}
+
+
+def test_count_gives_parents_what_others_call_for_them():
+    """A list is never called; CAT's model calls the downsampling of its layers itself."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)])
+            self.layers[0].extra = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0].extra(self.layers[0](x)))
+
+    macs = flops.count(Model(), (3, 4))
+    expected = {"": 40, "layers": 40, "layers.0": 32, "layers.0.extra": 16, "layers.1": 8}
+    assert macs == {name: 3 * count for name, count in expected.items()}
+
+
+def test_the_parts_of_a_model_add_up():
+    macs = flops.count(create_model("cat_tiny"), (1, 3, 224, 224))
+    stages = sum(macs[f"layers.{i}"] for i in range(4))
+    assert macs["layers"] == stages
+    assert macs[""] == macs["patch_embed"] + stages + macs["head"]
 
 
 def test_count_leaves_the_model_as_it_was():
@@ -245,6 +323,14 @@ def test_count_restores_the_mode_when_the_model_fails():
             id="prefix",
         ),
         pytest.param(lambda: flops.cls_cross(0, 8), "patches must be a positive", id="patches"),
+        pytest.param(
+            lambda: flops.cls_cross_absorbed(49, 20, 8),
+            "divide channels, 20, got 8",
+            id="cls-heads",
+        ),
+        pytest.param(lambda: flops.ffn(49, 8, 0), "ratio must be a positive", id="ratio"),
+        pytest.param(lambda: flops.cpsa_absorbed(7, 7, 8, batch=0), "batch must be", id="batch"),
+        pytest.param(lambda: flops.conv_position(7, 7, 8, 0), "window must be", id="window-of-1"),
         pytest.param(lambda: flops.digest(49, 8, -1), "digests must not .* got -1", id="digests"),
     ],
 )

@@ -10,7 +10,12 @@ from .convrel import (
     conv_relative_attention,
 )
 from .cpsa import CrossPatchAttention, cross_patch_attention
-from .digest import DigestAttention, digest_attention
+from .digest import (
+    DigestAttention,
+    TokenMergeEnhance,
+    digest_attention,
+    token_merge_enhance,
+)
 from .ipsa import InnerPatchAttention, inner_patch_attention
 
 __all__ = [
@@ -20,6 +25,7 @@ __all__ = [
     "CrossPatchAttention",
     "DigestAttention",
     "InnerPatchAttention",
+    "TokenMergeEnhance",
     "__version__",
     "available_backends",
     "cls_cross_attention",
@@ -29,4 +35,5 @@ __all__ = [
     "digest_attention",
     "explain",
     "inner_patch_attention",
+    "token_merge_enhance",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
@@ -109,6 +109,24 @@ def linear(
         y = _Linear.apply(x, weight, bias)
         return F.gelu(y) if activation else y
     return torch.ops.xattn_ops.onednn_linear_fwd(x, weight, bias, activation == "gelu")
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a call of the layer is what torch's `kind` does: no class of its own, no hooks."""
+    return type(layer) is kind and not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x); through `linear` where the layer is plain."""
+    if not is_plain(layer):
+        return layer(x)
+    assert isinstance(layer, nn.Linear)
+    return linear(x, layer.weight, layer.bias)
 
 
 def mlp(

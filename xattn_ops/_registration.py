@@ -115,6 +115,16 @@ def backward_once(op: Callable[..., Any], *args: Any) -> Any:
     return apply(_Backward, op, *args)
 
 
+def asked_for(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What a `backward` returns: the gradients that are asked for, and None for all else.
+
+    grads: of the first inputs, in order; those after them have none.
+    """
+    needs = ctx.needs_input_grad
+    asked = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+    return (*asked, *[None] * (len(needs) - len(grads)))
+
+
 def transformed() -> bool:
     """Whether a call is being traced, or runs under a transform of torch.func or forward AD."""
     return (

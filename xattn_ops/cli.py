@@ -1,4 +1,4 @@
-"""The command line: ``python -m xattn_ops info | demo | bench | kernels``."""
+"""The command line: ``python -m xattn_ops info | demo | flops | bench | report | kernels``."""
 
 from __future__ import annotations
 
@@ -45,15 +45,23 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="a photo through a model: accuracy, speed, pictures")
     demo.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="a photo (a sample)")
-    demo.add_argument("--model", default="cat_tiny", help="a CAT or CoaT (cat_tiny)")
+    demo.add_argument("--model", default="cat_tiny", help="of any family (cat_tiny)")
     demo.add_argument("--weights", type=Path, metavar="FILE", help="official checkpoint (random)")
-    demo.add_argument("--block", type=int, metavar="N", help="whose CLS map to draw (-1, the last)")
+    demo.add_argument("--block", type=int, metavar="N", help="whose CLS or digest map to draw")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="pictures")
     demo.add_argument("--size", type=int, default=224, help="side of the square crop in pixels")
     demo.add_argument("--batch", type=int, default=8, help="copies of the photo when timing")
     demo.add_argument("--seconds", type=float, default=1.0, help="of timing, an operator and stage")
     demo.add_argument("--threads", type=int, help="intra-op threads (torch's own choice)")
     demo.set_defaults(run=_demo)
+
+    flops = commands.add_parser("flops", help="parameters and MACs beside the papers' figures")
+    flops.add_argument(
+        "models", nargs="*", metavar="MODEL", help="their rows, and MACs by module (all rows)"
+    )
+    flops.add_argument("--depth", type=int, default=1, help="of the modules of a MODEL (1)")
+    flops.add_argument("--json", type=Path, metavar="FILE", help="write everything counted")
+    flops.set_defaults(run=_flops)
 
     bench = commands.add_parser("bench", help="the operators against plain PyTorch")
     add_bench_arguments(bench)
@@ -65,6 +73,16 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(KERNEL_DTYPES))
     kernels.add_argument("--json", action="store_true", help="JSON in place of a table")
     kernels.set_defaults(run=_kernels)
+    report = commands.add_parser("report", help="papers and measurements on one HTML page")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    report.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="files of `bench --json`, or folders of them (those of benchmarks/results)",
+    )
+    report.set_defaults(run=_report)
     return top
 
 
@@ -81,10 +99,22 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args, _console())
 
 
+def _flops(args: argparse.Namespace) -> int:
+    from xattn_ops.papers.command import main as flops
+
+    return flops(args, _console())
+
+
 def _bench(args: argparse.Namespace) -> int:
     from xattn_ops.benchmarks.command import main as bench
 
     return bench(args, _console())
+
+
+def _report(args: argparse.Namespace) -> int:
+    from xattn_ops.report.command import main as report
+
+    return report(args, _console())
 
 
 def _kernels(args: argparse.Namespace) -> int:

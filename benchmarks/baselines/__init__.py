@@ -6,15 +6,27 @@ no formulation pays for padding that it would not need.
 
 ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
+digest, cabvit      CabViT's operator, and its blocks
 clsattn             CrossViT's
 modules             our modules with the official formulations inside, for blocks and whole models
 plain               what they share
 """
 
-from xattn_ops.benchmarks.baselines.clsattn import cls_absorbed, cls_eager, cls_sdpa
+from xattn_ops.benchmarks.baselines.cabvit import (
+    PlainCaBlock,
+    PlainConvNeXtBlock,
+    PlainConvNorm,
+)
+from xattn_ops.benchmarks.baselines.clsattn import CLS_EPS, cls_absorbed, cls_eager, cls_sdpa
 from xattn_ops.benchmarks.baselines.convpos import convpos_eager, convpos_nhwc
 from xattn_ops.benchmarks.baselines.convrel import convrel_eager, convrel_nhwc
 from xattn_ops.benchmarks.baselines.cpsa import attend_eager, attend_sdpa, cpsa
+from xattn_ops.benchmarks.baselines.digest import (
+    dense_digest_bias,
+    digest_dense,
+    digest_table,
+    offset_index,
+)
 from xattn_ops.benchmarks.baselines.ipsa import (
     Core,
     eager_core,
@@ -26,6 +38,7 @@ from xattn_ops.benchmarks.baselines.ipsa import (
     sdpa_core,
 )
 from xattn_ops.benchmarks.baselines.modules import (
+    PlainClsCross,
     PlainConvPosition,
     PlainConvRelative,
     PlainCrossPatch,
@@ -39,8 +52,13 @@ from xattn_ops.benchmarks.baselines.modules import (
 from xattn_ops.benchmarks.baselines.plain import Plain, compiled
 
 __all__ = [
+    "CLS_EPS",
     "Core",
     "Plain",
+    "PlainCaBlock",
+    "PlainClsCross",
+    "PlainConvNeXtBlock",
+    "PlainConvNorm",
     "PlainConvPosition",
     "PlainConvRelative",
     "PlainCrossPatch",
@@ -57,12 +75,16 @@ __all__ = [
     "convrel_eager",
     "convrel_nhwc",
     "cpsa",
+    "dense_digest_bias",
+    "digest_dense",
+    "digest_table",
     "eager_core",
     "flex_core",
     "gather_bias",
     "ipsa_dense",
     "ipsa_table",
     "linears_of",
+    "offset_index",
     "plain_copy",
     "plain_linears",
     "relative_index",

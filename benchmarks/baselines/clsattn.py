@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xattn_ops.benchmarks.baselines.plain import Plain
 
-EPS = 1e-6  # of CrossViT's LayerNorms
+CLS_EPS = 1e-6  # of CrossViT's LayerNorms
 
 
 def cls_eager(heads: int) -> Plain:
@@ -70,4 +70,4 @@ def _tokens(cls_token: Tensor, patches: Tensor, norm: list[Tensor]) -> Tensor:
     if not norm:
         return tokens
     weight, bias = norm
-    return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, EPS)
+    return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, CLS_EPS)

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_ops import (
+    ClsCrossAttention,
     ConvPositionEncoding,
     ConvRelativeAttention,
     CrossPatchAttention,
     InnerPatchAttention,
     _linear,
 )
+from xattn_ops.benchmarks.baselines.cabvit import PLAIN_CABVIT
+from xattn_ops.benchmarks.baselines.clsattn import cls_eager
 from xattn_ops.benchmarks.baselines.convpos import convpos_eager
 from xattn_ops.benchmarks.baselines.convrel import convrel_eager
 from xattn_ops.benchmarks.baselines.cpsa import attend_eager, cpsa
@@ -89,11 +92,28 @@ class PlainConvPosition(ConvPositionEncoding):
         return plain(x, self.proj.weight, self.proj.bias)
 
 
+class PlainClsCross(ClsCrossAttention):
+    """CLS cross attention, likewise: the norm, if there is one, has CrossViT's eps."""
+
+    def prepare(self) -> None:
+        """Nothing, likewise."""
+
+    def forward(
+        self, cls_token: Tensor, patches: Tensor, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
+        layers = (self.wq, self.wk, self.wv, *(() if norm is None else (norm,)))
+        weights = [t for layer in layers for t in (layer.weight, layer.bias)]
+        out = cls_eager(self.num_heads)(cls_token, patches, *weights)
+        return F.linear(out, self.proj.weight, self.proj.bias)
+
+
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     InnerPatchAttention: PlainInnerPatch,
     CrossPatchAttention: PlainCrossPatch,
     ConvRelativeAttention: PlainConvRelative,
     ConvPositionEncoding: PlainConvPosition,
+    ClsCrossAttention: PlainClsCross,
+    **PLAIN_CABVIT,
 }
 
 

@@ -7,6 +7,9 @@ shapes              the feature maps of the models
 case                what a case is
 ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
+clsattn             CrossViT's
+patched             timm's models before and after our patch
+digest              CabViT's
 whole               blocks and models
 """
 
@@ -18,14 +21,28 @@ from typing import Any
 import torch
 
 from xattn_ops.benchmarks.cases.case import FORWARD, STEP, Case, Variant
+from xattn_ops.benchmarks.cases.clsattn import clsattn_case
 from xattn_ops.benchmarks.cases.convpos import convpos_case
 from xattn_ops.benchmarks.cases.convrel import convrel_case, convrel_module_case
 from xattn_ops.benchmarks.cases.cpsa import cpsa_case
+from xattn_ops.benchmarks.cases.digest import digest_case
 from xattn_ops.benchmarks.cases.ipsa import ipsa_case, ipsa_module_case
-from xattn_ops.benchmarks.cases.shapes import CAT_SMALL, COAT, COAT_SMALL_SCALES, Grid, Stage
+from xattn_ops.benchmarks.cases.patched import check_timm, is_timm, timm_case
+from xattn_ops.benchmarks.cases.shapes import (
+    CABVIT,
+    CAT_SMALL,
+    COAT,
+    COAT_SMALL_SCALES,
+    CROSSVIT_15,
+    Grid,
+    Stage,
+    Tokens,
+    WithDigests,
+)
 from xattn_ops.benchmarks.cases.whole import (
     OnGrid,
     cab_case,
+    cabvit_block_case,
     check_model,
     coat_block_case,
     model_case,
@@ -39,13 +56,18 @@ __all__ = [
     "OPERATORS",
     "SHAPES",
     "STEP",
+    "SWEPT",
+    "TIMM",
     "Case",
     "Grid",
     "OnGrid",
     "Stage",
+    "Tokens",
     "Variant",
+    "WithDigests",
     "build",
     "check_model",
+    "check_timm",
     "model_case",
 ]
 
@@ -58,6 +80,9 @@ BUILDERS: dict[str, Callable[[Any, int, torch.dtype, str], Case]] = {
     "convrel_module": convrel_module_case,
     "convpos": convpos_case,
     "coat_block": coat_block_case,
+    "digest": digest_case,
+    "cabvit_block": cabvit_block_case,
+    "clsattn": clsattn_case,
 }
 SHAPES: dict[str, tuple[Any, ...]] = {
     "ipsa": CAT_SMALL,
@@ -68,6 +93,9 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "convrel_module": COAT,
     "convpos": COAT,
     "coat_block": COAT_SMALL_SCALES,
+    "digest": CABVIT,
+    "cabvit_block": CABVIT,
+    "clsattn": CROSSVIT_15,
 }
 # argument of the command -> the cases, blocks and models that go with it
 OPERATORS = {
@@ -75,22 +103,51 @@ OPERATORS = {
     "cpsa": ("cpsa",),
     "convrel": ("convrel", "convrel_module"),
     "convpos": ("convpos",),
+    "digest": ("digest",),
+    "clsattn": ("clsattn",),
 }
-BLOCKS = {"ipsa": "cab", "cpsa": "cab", "convrel": "coat_block", "convpos": "coat_block"}
+BLOCKS = {
+    "ipsa": "cab",
+    "cpsa": "cab",
+    "convrel": "coat_block",
+    "convpos": "coat_block",
+    "digest": "cabvit_block",
+}
 _OF_COAT = ("coat_lite_small", "coat_mini")
 MODELS = {
     "ipsa": ("cat_small",),
     "cpsa": ("cat_small",),
     "convrel": _OF_COAT,
     "convpos": _OF_COAT,
+    "digest": ("cabvit_h_l2",),
+    "clsattn": ("crossvit_15",),
 }
+TIMM = ("swin_tiny_patch4_window7_224", "coat_lite_small", "crossvit_15_240")
 
 
-def build(operator: str, stage: int, batch: int, dtype: torch.dtype, direction: str) -> Case:
-    """The case of one of the operator's `SHAPES`, or of a model, which has none.
+# operators alone, whose shapes can be those of other image sizes
+SWEPT = tuple(name for name in OPERATORS if hasattr(SHAPES[name][0], "at"))
 
-    A shape may have fewer images than `batch`.
+
+def build(
+    operator: str,
+    stage: int,
+    batch: int,
+    dtype: torch.dtype,
+    direction: str,
+    device: str = "cpu",
+    side: int | None = None,
+) -> Case:
+    """The case of one of the operator's `SHAPES`, or of a model or "timm/<model>", without any.
+
+    A shape may have fewer images than `batch`. side: of the image that the shape is scaled to, for
+    `SWEPT` operators; None: 224, as the shape stands.
     """
-    if operator in BUILDERS:
-        return BUILDERS[operator](SHAPES[operator][stage], batch, dtype, direction)
-    return model_case(operator, batch, dtype, direction)
+    with torch.device(device):
+        if is_timm(operator):
+            return timm_case(operator, batch, dtype, direction)
+        if operator not in BUILDERS:
+            return model_case(operator, batch, dtype, direction)
+        shape = SHAPES[operator][stage]
+        shape = shape if side is None else shape.at(side)
+        return BUILDERS[operator](shape, batch, dtype, direction)

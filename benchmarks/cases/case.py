@@ -57,6 +57,12 @@ class Case:
     macs: int  # of the paper's algorithm, forward, whole batch
     dense_bytes: int  # what an attention matrix of all units would take; 0 where it makes no sense
     tokens: int  # of one image; 0 where it makes no sense
+    apart: tuple[str, ...] = ()  # plain ones that nobody writes, reported beside the best of others
+
+    @property
+    def device(self) -> str:
+        """Type of the device that the operands lie on."""
+        return next(iter(self.ours.values())).leaves[0].device.type
 
     @property
     def name(self) -> str:
@@ -64,16 +70,21 @@ class Case:
 
 
 class Maker:
-    """Reproducible normal operands; for a step they require gradients."""
+    """Reproducible normal operands; for a step they require gradients.
+
+    They lie on torch's default device, so that `cases.build` alone says which, and are the same on
+    every device.
+    """
 
     def __init__(self, dtype: torch.dtype, direction: str) -> None:
         self.dtype = dtype
         self.requires_grad = direction == STEP
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator) * scale
-        return values.to(self.dtype).requires_grad_(self.requires_grad)
+        values = torch.randn(shape, generator=self.generator, device="cpu") * scale
+        values = values.to(torch.get_default_device(), self.dtype)
+        return values.requires_grad_(self.requires_grad)
 
 
 def oracle(function: Plain, operands: tuple[Tensor, ...]) -> Variant:

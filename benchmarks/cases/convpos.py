@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def convpos_case(grid: Grid, batch: int, dtype: torch.dtype, direction: str) -> 
     )
 
     def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        options = {"grid": grid.size, "num_prefix_tokens": grid.prefix}
+        options: dict[str, Any] = {"grid": grid.size, "num_prefix_tokens": grid.prefix}
         return conv_position_encoding(x, weight, bias, **options)
 
     eager = baselines.convpos_eager(grid.size, grid.prefix)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,11 @@ def convrel_case(grid: Grid, batch: int, dtype: torch.dtype, direction: str) -> 
     )
 
     def fused(qkv: Tensor, *conv: Tensor) -> Tensor:
-        options = {"num_heads": grid.heads, "grid": grid.size, "num_prefix_tokens": grid.prefix}
+        options: dict[str, Any] = {
+            "num_heads": grid.heads,
+            "grid": grid.size,
+            "num_prefix_tokens": grid.prefix,
+        }
         return conv_relative_attention(qkv, conv[: len(groups)], conv[len(groups) :], **options)
 
     eager = baselines.convrel_eager(grid.heads, grid.size, grid.prefix)

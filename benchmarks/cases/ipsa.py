@@ -94,7 +94,7 @@ def _ipsa_baselines(
         "sdpa": variant(baselines.sdpa_core),
         "compile": variant(baselines.eager_core).compiled(),
     }
-    if flex and direction == FORWARD:
+    if flex and (direction == FORWARD or table.is_cuda):  # no backward on the CPU
         plain["flex"] = variant(baselines.flex_core).compiled()
     return plain
 

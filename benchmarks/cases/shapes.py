@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+Shape = TypeVar("Shape", bound="OfAnImage")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Feature map of one stage of CAT, and the window (IPSA) or patch (CPSA) on it."""
+class OfAnImage:
+    """A map whose size follows the image's: what a sweep over the side needs."""
 
     height: int
     width: int
+
+    def at(self: Shape, side: int) -> Shape:
+        """The same stage of an image of another side than 224."""
+        return replace(self, height=self.height * side // 224, width=self.width * side // 224)
+
+
+@dataclass(frozen=True)
+class Stage(OfAnImage):
+    """Feature map of one stage of CAT, and the window (IPSA) or patch (CPSA) on it."""
+
     channels: int
     heads: int
     window: tuple[int, int] = (7, 7)
@@ -28,15 +41,13 @@ CAT_SMALL = (
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(OfAnImage):
     """Tokens of one scale of CoaT: prefix tokens, then the pixels of a map, row by row.
 
     windows: side of the relative term's convolution and how many heads it serves, in order.
     most_batch: images that are timed at once at most, for maps as large as a detector's.
     """
 
-    height: int
-    width: int
     head_dim: int
     heads: int = 8
     prefix: int = 1
@@ -63,6 +74,20 @@ class Grid:
         return f"{self.height}x{self.width} {self.heads}x{self.head_dim}{one}"
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What the CLS token of one branch of CrossViT attends to: the other branch's patches."""
+
+    patches: int
+    channels: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.patches}x{self.channels}"
+
+
+CROSSVIT_15 = (Tokens(400, 192, 6), Tokens(196, 384, 6))
+
 COAT = (
     Grid(56, 56, 8),  # the four scales of CoaT-Lite mini and small
     Grid(28, 28, 16),
@@ -74,3 +99,39 @@ COAT = (
     Grid(256, 256, 8, most_batch=1),
 )
 COAT_SMALL_SCALES = COAT[:4]
+
+
+@dataclass(frozen=True)
+class WithDigests(OfAnImage):
+    """Tokens of a map in a CabViT block, and the digests of `earlier` blocks before it."""
+
+    head_dim: int
+    heads: int
+    earlier: int
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def digests(self) -> int:
+        return self.earlier * -(-self.height // 4) * -(-self.width // 4)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width} {self.heads}x{self.head_dim} m={self.digests}"
+
+
+CABVIT = (
+    WithDigests(14, 14, 32, 6, 5),  # stage 3 of CabViT-H-L1, its last block
+    WithDigests(14, 14, 32, 6, 1),  # and its second
+    WithDigests(7, 7, 32, 10, 1),  # stage 4, its last
+    WithDigests(28, 28, 32, 6, 5),  # stage 3 at 448 pixels
+)

@@ -96,12 +96,17 @@ def official_state(name: str) -> dict[str, Tensor]:
 
 
 def _weight(key: str, shape: list[int]) -> Tensor:
-    z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    random = np.random.RandomState(zlib.crc32(key.encode()))
+    z = random.standard_normal(shape)
     kind = key.rsplit(".", 1)[-1]
-    if kind == "weight":
+    if kind == "num_batches_tracked":
+        return torch.tensor(0)
+    if kind == "running_var":
+        z = 0.5 + random.random_sample(shape)
+    elif kind == "weight":
         z = z / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 1 + 0.1 * z
     else:
-        z = z * (0.1 if kind == "bias" else 0.5)
+        z = z * (0.1 if kind in ("bias", "running_mean") else 0.5)
     return torch.from_numpy(z)
 
 

@@ -16,7 +16,6 @@ from xattn_ops import _library
 # A build without kernels is a supported installation; test_backends.py fails where they should be.
 native = pytest.mark.skipif(not _library.NATIVE, reason=f"no CPU kernels: {_library.REASON}")
 BACKENDS = ["reference", "cpu"] if _library.NATIVE else ["reference"]
-DENSE = "float32, bfloat16, float16 or float64"  # as messages put it
 DTYPES = [
     pytest.param(torch.float32, id="f32"),
     pytest.param(torch.bfloat16, id="bf16"),
@@ -119,8 +118,3 @@ def assert_equal(got: Tensors, want: Tensors) -> None:
     assert got.keys() == want.keys()
     for name in want:
         assert torch.equal(got[name], want[name]), name
-
-
-def wrong(id: str, error: type[Exception], message: str, **arguments: Any) -> Any:
-    """Arguments that a function must refuse, and what it must say."""
-    return pytest.param(arguments, error, message, id=id)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 from torch import nn
 
-from support.models import small_cat, small_coat, small_crossvit
+from support.models import (
+    small_cabvit,
+    small_cat,
+    small_coat,
+    small_crossvit,
+    small_plain_cabvit,
+)
+from xattn_ops.models.cabvit import CabViT, PlainCabViT
 from xattn_ops.models.cat import CAT
 from xattn_ops.models.coat import CoaT
 from xattn_ops.models.crossvit import CrossViT
@@ -52,10 +59,17 @@ class Family:
     sizes: list[tuple[str, int | Size]]  # img_size of a classifier that then takes such images
     wrong: list[tuple[str, dict[str, Any], str]]  # options that are refused, and the message
     small: dict[str, Small]
+    unofficial: list[str] = field(default_factory=list)  # of the names; no official numbers
+    unread: Callable[[nn.Module], int] = lambda model: 0
+    """MACs of an official model on what nobody reads, which ours does not compute."""
+
+    @property
+    def official(self) -> list[str]:
+        return [name for name in self.names if name not in self.unofficial]
 
     @property
     def layouts(self) -> list[str]:
-        return self.names + self.backbones
+        return self.official + self.backbones
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [  # of every family
@@ -246,7 +260,84 @@ CROSSVIT_FAMILY = Family(
     },
 )
 
-FAMILIES = [CAT_FAMILY, COAT_FAMILY, CROSSVIT_FAMILY]
+ALONE = {"digests": False, "tme": False}
+CABVIT_OPTIONS = [
+    option({}, id="all"),
+    option({"digest_scale": False}, id="no-scale"),
+    option({"tme": False}, id="no-tme"),
+    option({"digests": False}, id="no-digests"),
+    option(ALONE, id="global"),
+    option({"attn_drop": 0.2, "drop_path": 0.3}, id="dropout"),
+    option({"num_classes": 0, "checkpoint": True}, id="no-head-checkpoint"),
+]
+CABVIT_AGREE = [option({}, id="all"), option({"attn_drop": 0.2, "drop_path": 0.2}, id="dropout")]
+CABVIT_DROPOUT = [{"attn_drop": 0.5}, {"drop_path": 0.6}]
+
+
+def queries_of_digests(model: nn.Module) -> int:
+    blocks = [block for blocks in model.cab_stages.values() for block in blocks]
+    return sum(block.num_digests * block.qkv.in_features**2 for block in blocks)
+
+
+CABVIT_FAMILY = Family(
+    classes=(CabViT, PlainCabViT),
+    names=["cabvit_h_l1", "cabvit_h_l2", "cabvit_h_l3", "cabvit_p_l0"],
+    unofficial=["cabvit_p_l0"],
+    goldens=["cabvit_h_l1"],
+    backbones=[],
+    sizes=[("cabvit_h_l1", size) for size in (256, 97, (64, 160))] + [("cabvit_p_l0", (80, 33))],
+    wrong=[
+        ("cabvit_h_l1", {"attention": "sparse"}, "attention is 'sparse'; allowed are global, win"),
+        ("cabvit_h_l1", {"embed": "linear"}, "embed is 'linear'; allowed are conv, patch"),
+        ("cabvit_h_l1", {"attention": "window"}, "attention is 'window'; digests and tme go with"),
+        ("cabvit_h_l1", {"head_dim": 48}, "head_dim must divide the channels of stages 3 and 4"),
+        ("cabvit_p_l0", {"heads": 5}, "heads must divide dim, 192, got 5"),
+        ("cabvit_h_l1", {"attn_drop": -0.1}, "attn_drop must be in"),
+    ],
+    unread=queries_of_digests,
+    small={
+        "cabvit": Small(
+            build=partial(small_cabvit, drop_path=0.0),
+            size=(64, 96),
+            maps=partial(halved, channels=[8, 8, 8, 16], least=1),
+            sizes=[(64, 96), (97, 131), (40, 200), (31, 33), (1, 1)],
+            trains=[
+                *CABVIT_OPTIONS,
+                option({**ALONE, "attention": "window"}, id="window"),
+                option({**ALONE, "attention": "none"}, id="convnext"),
+                option({"embed": "patch"}, id="patch"),
+                option({"mlp_ratio": 2.0, "layer_scale": 1.0}, id="ratio"),
+            ],
+            dropout=CABVIT_DROPOUT,
+            agree=CABVIT_AGREE,
+            compiled=[
+                option({"depths": (1, 1, 2, 1)}, id="all"),
+                option({"depths": (1, 1, 2, 1), "checkpoint": True}, id="checkpoint"),
+                option({**ALONE, "attention": "window"}, id="window"),
+                option({"depths": (1, 1, 2, 1), "tme": False, "embed": "patch"}, id="no-tme"),
+            ],
+        ),
+        "plain-cabvit": Small(
+            build=partial(small_plain_cabvit, drop_path=0.0),
+            size=(64, 96),
+            maps=lambda model, height, width: [
+                [16, *(max(side // model.patch, 1) for side in (height, width))]
+            ],
+            sizes=[(64, 96), (97, 131), (40, 200), (7, 1)],
+            trains=[*CABVIT_OPTIONS, option({"pos_embed": False}, id="no-positions")],
+            dropout=CABVIT_DROPOUT,
+            agree=CABVIT_AGREE,
+            compiled=[option({}, id="plain")],
+            # what changes the patches of the last block alone is nothing to a head that reads CLS
+            idle=lambda key, model: (
+                not model.features_only
+                and key.startswith(("blocks.2.attention_biases", "blocks.2.local_conv"))
+            ),
+        ),
+    },
+)
+
+FAMILIES = [CABVIT_FAMILY, CAT_FAMILY, COAT_FAMILY, CROSSVIT_FAMILY]
 SMALL = {name: small for family in FAMILIES for name, small in family.small.items()}
 
 

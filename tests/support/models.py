@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from support.cases import Tensors
 from xattn_ops.models import create_model, load_official
+from xattn_ops.models.cabvit import CabViT, PlainCabViT
 from xattn_ops.models.cat import CAT
 from xattn_ops.models.coat import CoaT
 from xattn_ops.models.crossvit import CrossViT
@@ -69,3 +70,30 @@ def small_crossvit(**options: Any) -> CrossViT:
     """A CrossViT of 2 stages, with 1 and 2 blocks of 8 and 16 channels in 2 heads, for 64 x 96."""
     given = {"num_classes": 5, "stages": 2, "img_size": (64, 96), **options}
     return CrossViT(**{"dims": (8, 16), "heads": 2, "depths": (1, 2), "mlp_ratio": 2, **given})
+
+
+def small_cabvit(**options: Any) -> CabViT:
+    """A CabViT of 1, 1, 3 and 2 blocks for 64 x 96: grids of 4 x 6 and 2 x 3, 2 heads and 4."""
+    given = {"num_classes": 5, "head_dim": 4, "img_size": (64, 96), "layer_scale": 0.5, **options}
+    return CabViT(**{"dims": (8, 8, 8, 16), "depths": (1, 1, 3, 2), **given})
+
+
+def small_plain_cabvit(**options: Any) -> PlainCabViT:
+    """A plain CabViT of 3 blocks of 16 channels in 2 heads for 64 x 96: patches of 8, 8 x 12."""
+    given = {"num_classes": 5, "patch": 8, "img_size": (64, 96), "layer_scale": 1.0, **options}
+    return PlainCabViT(**{"dim": 16, "depth": 3, "heads": 2, **given})
+
+
+cabvits = pytest.mark.parametrize(
+    "small", [small_cabvit, small_plain_cabvit], ids=["hybrid", "plain"]
+)
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """All parameters and running statistics random, in eval mode: tables begin near zero."""
+    for key, p in model.named_parameters():
+        nn.init.normal_(p, 1.0 if "norm" in key or "bn" in key else 0.0, 0.3)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from support import clsattn, convpos, convrel, cpsa, digest, ipsa
+from support import clsattn, convpos, convrel, cpsa, digest, ipsa, merge
 from support.cases import Case
 from support.description import Description
 
@@ -18,6 +18,7 @@ OPERATORS: dict[str, Description] = {
         ipsa.DESCRIPTION,
         cpsa.DESCRIPTION,
         digest.DESCRIPTION,
+        merge.DESCRIPTION,
         convrel.DESCRIPTION,
         convpos.DESCRIPTION,
         clsattn.DESCRIPTION,
@@ -35,15 +36,25 @@ operators = pytest.mark.parametrize("op", list(OPERATORS))
 droppers = pytest.mark.parametrize("op", list(WITH_DROPOUT))
 
 
-def of(*fields: str) -> pytest.MarkDecorator:
-    """A test of (op, case): for each operator, each case in these fields of its description."""
+def of(
+    *fields: str,
+    among: Iterable[str] = OPERATORS,
+    few: bool = False,
+    without: Collection[str] = (),
+) -> pytest.MarkDecorator:
+    """A test of (op, case): for each operator, each case in these fields of its description.
+
+    among: the operators. few: only the cases that run under every ISA. without: ids, "op-case".
+    """
     return pytest.mark.parametrize(
         ("op", "case"),
         [
             pytest.param(name, *given.values, id=f"{name}-{given.id}")
-            for name, operator in OPERATORS.items()
+            for name in among
             for field in fields
-            for given in getattr(operator, field)
+            for given in getattr(OPERATORS[name], field)
+            if not few or given.id in OPERATORS[name].isa
+            if f"{name}-{given.id}" not in without
         ],
     )
 

@@ -63,6 +63,16 @@ def check_close(name: str, got: Tensor, formula: Tensor, exact: Tensor, times: i
     assert worst <= allowed, f"{name}{where}: error {worst:.3g} is above {allowed:.3g}"
 
 
+def check_nan_stays_in_its_image(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """NaN in the second image of the activation leaves the first one's results as they are."""
+    tensors = case.tensors(dtype, requires_grad=False)
+    clean = case.outputs(tensors, backend=backend)
+    next(iter(tensors.values()))[1] = torch.nan
+    for out, before in zip(case.outputs(tensors, backend=backend), clean, strict=True):
+        assert torch.equal(out[0], before[0])
+        assert out[1].isnan().any()
+
+
 def floor(dtype: torch.dtype, exact: Tensor) -> float:
     """A few units in the last place of the largest value.
 

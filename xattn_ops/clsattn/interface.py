@@ -12,12 +12,15 @@ from .._backend import choose, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
+    asked_for,
     autocast,
     backward_once,
     missing,
     register,
 )
 from .reference import cls_cross_attention_reference
+
+K_BIAS = 5  # its place among the ten tensors
 
 
 def cls_cross_attention(
@@ -104,7 +107,7 @@ class _ClsCrossAttention(torch.autograd.Function):
     """The leaf ops as one differentiable function of (the ten tensors, seed).
 
     The outputs but the first are what backward needs of each head and of each token; nobody
-    differentiates them. The leaf ops do without k_bias, the sixth tensor.
+    differentiates them. The leaf ops do without k_bias.
     """
 
     generate_vmap_rule = True
@@ -152,34 +155,19 @@ class _ClsCrossAttention(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 13
         saved = list(ctx.saved_tensors)
-        k_bias = saved.pop(5)
+        k_bias = saved.pop(K_BIAS)
         grads = list(backward_once(ctx.ops.clsattn_bwd, grad_out, *saved, *ctx.options))
-        grads.insert(5, None if k_bias is None else torch.zeros_like(k_bias))
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None, None)
+        grads.insert(K_BIAS, None if k_bias is None else torch.zeros_like(k_bias))
+        return asked_for(ctx, grads)
 
 
-def _plan(
-    cls_token: Tensor,
-    patches: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    num_heads: int,
-    eps: float,
-    scale: float | None,
-    dropout_p: float,
-    backend: str | None,
-) -> tuple[str, tuple[int, float, float, float]]:
-    """The backend and the leaf ops' options for arguments that pass every check."""
-    keys = (q_weight, q_bias, k_weight, k_bias)
-    values, norm = (v_weight, v_bias), (norm_weight, norm_bias)
-    scale, eps = check(cls_token, patches, *keys, *values, *norm, num_heads, eps, scale)
+def _plan(cls_token: Tensor, *arguments: Any) -> tuple[str, tuple[int, float, float, float]]:
+    """The backend and the leaf ops' options for arguments that pass every check.
+
+    arguments: the others of `check`, then dropout_p and backend.
+    """
+    *checked, dropout_p, backend = arguments
+    num_heads, (scale, eps) = checked[-3], check(cls_token, *checked)
     dropout_p = _checks.probability("dropout_p", dropout_p)
     chosen = choose("cls_cross_attention", backend, cls_token.device.type, cls_token.dtype)
     return chosen, (num_heads, eps, scale, dropout_p)

@@ -12,6 +12,7 @@ from .._backend import choose, serve
 from .._dropout import draw_seed
 from .._registration import (
     apply,
+    asked_for,
     autocast,
     backward_once,
     missing,
@@ -123,8 +124,7 @@ class _CrossPatchAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
         grads = backward_once(torch.ops.xattn_ops.cpsa_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None)
+        return asked_for(ctx, grads)
 
 
 def _plan(

@@ -17,11 +17,17 @@ from xattn_ops import _library
 from xattn_ops.benchmarks.timing import thread_count
 from xattn_ops.demo import measure, photo, pictures
 from xattn_ops.models import create_model, list_models, load_official
-from xattn_ops.models.coat import SCALES, CoaT, cls_attention
+from xattn_ops.models.cabvit import AttentionMaps, CabViT, PlainCabViT, attention_maps
+from xattn_ops.models.coat import SCALES, CoaT
+from xattn_ops.models.coat import cls_attention as coat_attention
+from xattn_ops.models.crossvit import CrossViT
+from xattn_ops.models.crossvit import cls_attention as crossvit_attention
 
 POINT = (0.345, 0.56)  # row, column of the chosen pixel and patch as fractions: a portrait's face
 KEY = "red: more than an even share of attention, blue: less"
+KNOWN = ("cabvit_", "cat_", "coat_", "crossvit_")
 CLS_KEY = "red: more than the map's mean, blue: less"
+DIGEST_KEY = "red: more than an even share of tokens and digests, blue: less; one range a row"
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -34,12 +40,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     picture = photo.load(args.image, args.size)
     model = load_model(args.model, args.weights)
-    if isinstance(model, CoaT):
-        cls_maps = attention_of_cls(model, picture.tensor, args.block)
-    elif args.block is None:
-        cls_maps = []
+    cls_maps: list[tuple[str, Tensor]] = []
+    digest_maps: list[tuple[str, AttentionMaps]] = []
+    if isinstance(model, CabViT | PlainCabViT):
+        digest_maps = attention_on_digests(model, picture.tensor, args.block)
     else:
-        raise ValueError(f"--block chooses CLS attention maps, and {args.model} has no CLS token")
+        cls_maps = attention_of_cls(model, picture.tensor, args.block, args.model)
     said = "official weights" if args.weights else "RANDOM weights"
     console.print(
         f"[bold]{args.model}[/] with {said} on {picture.name} "
@@ -51,15 +57,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "untrained network. Give --weights FILE for a trained one."
         )
     with thread_count(args.threads) as threads:
-        captured, features = measure.capture(model, picture.tensor)
+        captured, output = measure.capture(model, picture.tensor)
+        features = maps_of(model, picture.tensor, output)
         measured = _measure(captured, args.batch, args.seconds, console)
     console.print(_agreement(measured))
     console.print(_work(measured, args.batch, threads))
     about = f"{args.model}, {said}"
-    assert isinstance(features, list | tuple)
     if any(one.faster == "busy" for one in measured):
         console.print("[yellow]The machine is busy with something else: no ratio where it says so.")
-    for path in draw(picture, captured, features, cls_maps, measured, args.out, about):
+    for path in draw(picture, captured, features, cls_maps, digest_maps, measured, args.out, about):
         console.print(f"wrote {path}")
     wrong = [one.captured for one in measured if not one.check.passed]
     for one in wrong:
@@ -70,14 +76,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def load_model(name: str, weights: Path | None) -> nn.Module:
     """The feature extractor of that name in eval mode, seeded where there are no weights.
 
+    Of CrossViT the classifier, for without its head the last stage has no cross attention.
+
     Raises:
         ValueError: no such model or checkpoint.
     """
-    known = [model for model in list_models() if model.startswith(("cat_", "coat_"))]
+    known = [model for model in list_models() if model.startswith(KNOWN)]
     if name not in known:
         raise ValueError(f"no model {name!r} to show; there are {', '.join(known)}")
     torch.manual_seed(0)
-    model: nn.Module = create_model(name, features_only=True)
+    model: nn.Module = create_model(name, features_only=not name.startswith("crossvit_"))
     if weights is not None:
         if not weights.is_file():
             raise ValueError(f"no checkpoint at {weights}")
@@ -89,8 +97,39 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     return model.eval()
 
 
-def attention_of_cls(model: CoaT, image: Tensor, block: int | None) -> list[tuple[str, Tensor]]:
-    """What each stage is called, and how much its CLS token takes of each place: [heads, H, W].
+@torch.no_grad()
+def maps_of(model: nn.Module, image: Tensor, output: Any) -> list[Tensor]:
+    """The feature maps behind a model's output, [1, C, H, W]: of CrossViT, one of each branch."""
+    return model.maps(image) if isinstance(model, CrossViT) else list(output)
+
+
+def attention_of_cls(
+    model: nn.Module, image: Tensor, block: int | None, name: str
+) -> list[tuple[str, Tensor]]:
+    """What each map is called, and how much a CLS token takes of each place: [heads, H, W].
+
+    Of CoaT a map for each stage, of CrossViT for each stage and branch, of others none.
+
+    Raises:
+        ValueError: no stage has such a block, or `block` is given for a model without a choice.
+    """
+    if isinstance(model, CoaT):
+        return _attention_of_coat(model, image, block)
+    if block is not None:
+        choice = "one of each" if isinstance(model, CrossViT) else "neither of them"
+        raise ValueError(f"--block chooses maps of CLS or of digests, and {name} has {choice}")
+    if not isinstance(model, CrossViT):
+        return []
+    branches = ("small branch's CLS", "large branch's CLS")
+    return [
+        (f"stage {stage},\n{branch}", one[0])
+        for stage in range(1, len(model.blocks) + 1)
+        for branch, one in zip(branches, crossvit_attention(model, image, stage), strict=True)
+    ]
+
+
+def _attention_of_coat(model: CoaT, image: Tensor, block: int | None) -> list[tuple[str, Tensor]]:
+    """A map for each stage.
 
     Args:
         block: which of a stage's blocks, from 0, or from -1 backwards; None: the last. Stages
@@ -105,26 +144,54 @@ def attention_of_cls(model: CoaT, image: Tensor, block: int | None) -> list[tupl
     for stage, depth in depths.items():
         if -depth <= wanted < depth:
             name = f"stage {stage}, block {wanted % depth}"
-            maps.append((name, cls_attention(model, image, stage, wanted)[0]))
+            maps.append((name, coat_attention(model, image, stage, wanted)[0]))
     if not maps:
         deepest = max(depths.values())
         raise ValueError(f"--block must be -{deepest} to {deepest - 1}, got {wanted}")
     return maps
 
 
+def attention_on_digests(
+    model: CabViT | PlainCabViT, image: Tensor, block: int | None
+) -> list[tuple[str, AttentionMaps]]:
+    """What each block is called, and its attention (CabViT, Fig. 6).
+
+    Args:
+        block: which of a stage's blocks, from 0, or from -1 backwards; None: every second one, as
+            in the paper. Stages without it are left out.
+
+    Raises:
+        ValueError: no stage has such a block.
+    """
+    stages = (3, 4) if isinstance(model, CabViT) else (1,)
+    depths = {stage: len(model.cab_blocks(stage)) for stage in stages}
+    found = []
+    for stage, depth in depths.items():
+        wanted = range(1, depth, 2) if block is None else [block] * (-depth <= block < depth)
+        for index in wanted:
+            name = f"stage {stage}, block {index % depth}"
+            found.append((name, attention_maps(model, image, stage, index)))
+    if not found:
+        deepest = max(depths.values())
+        raise ValueError(f"--block must be -{deepest} to {deepest - 1}, got {block}")
+    return found
+
+
 def draw(
     picture: photo.Photo,
     captured: list[measure.Captured],
-    features: list[Tensor] | tuple[Tensor, ...],
+    features: list[Tensor],
     cls_maps: list[tuple[str, Tensor]],
+    digest_maps: list[tuple[str, AttentionMaps]],
     measured: list[measure.Measured],
     out: Path,
     about: str,
 ) -> list[Path]:
     """Write every PNG; returns their paths."""
     paths = [out / "feature_maps.png"]
-    title = f"Feature maps of the stages ({about})"
-    pictures.feature_maps(picture, features, paths[-1], title)
+    rows = "branch" if any(one.operator == "clsattn" for one in captured) else "stage"
+    title = f"Feature maps, {rows} by {rows} ({about})"
+    pictures.feature_maps(picture, features, paths[-1], title, rows)
     ipsa = [one for one in captured if one.operator == "ipsa"]
     if ipsa:
         paths.append(out / "ipsa_attention.png")
@@ -140,6 +207,10 @@ def draw(
         paths.append(out / "cls_attention.png")
         title = f"What the CLS token takes of each place ({about})\n{CLS_KEY}"
         pictures.cls_attention_maps(picture, cls_maps, paths[-1], title)
+    if digest_maps:
+        paths.append(out / "digest_attention.png")
+        title = f"What one token takes of the others and of earlier digests ({about})\n{DIGEST_KEY}"
+        pictures.digest_attention_maps(picture, digest_maps, POINT, paths[-1], title)
     paths.append(out / "latency.png")
     threads, isa = measured[0].fused.threads, _library.isa() or "reference"
     title = f"Latency on the photo's activations, {threads} threads, float32, {isa}"

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from xattn_ops.demo.measure import Captured, Measured
 from xattn_ops.demo.photo import Photo
+from xattn_ops.models.cabvit import AttentionMaps
+from xattn_ops.models.cabvit_blocks import STRIDE
 
 INK, OURS, PLAIN, MARK = "#22303c", "#0b7a75", "#b0b7bf", "#ff3b6b"
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the photo
 HEAT = "RdBu_r"  # red above an even share, blue below
 SMALL: dict[str, Any] = {"fontsize": 8, "color": INK, "pad": 3}
 NAMES = {
@@ -24,18 +27,23 @@ NAMES = {
     "cpsa": "CPSA",
     "convrel": "Conv-relative attention with its linears",
     "convpos": "Conv position encoding",
+    "clsattn": "CLS cross attention with its linears",
+    "digest": "Digest attention with its linears",
 }
 
 
-def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: str) -> None:
+def feature_maps(
+    photo: Photo, features: Sequence[Tensor], path: Path, title: str, row_name: str = "stage"
+) -> None:
     """One row a stage: three principal components as colours, then the channels that vary most.
 
     Args:
         features: the stages' outputs, each [1, C, H, W].
+        row_name: what a row is, if not a stage.
     """
     channels = 5
     figure = _figure(2 * (channels + 2), 2.15 * len(features) + 0.5, title)
-    grid = figure.subplots(len(features), channels + 2)
+    grid = figure.subplots(len(features), channels + 2, squeeze=False)
     for stage, (row, maps) in enumerate(zip(grid, features, strict=True), start=1):
         one = maps[0].float()
         strongest = one.flatten(1).var(1).topk(channels).indices.sort().values.tolist()
@@ -44,7 +52,7 @@ def feature_maps(photo: Photo, features: Sequence[Tensor], path: Path, title: st
         for axis, channel in zip(row[2:], strongest, strict=True):
             _picture(axis, one[channel].numpy(), cmap="viridis")
             axis.set_title(f"channel {channel}", **SMALL)
-        row[0].set_ylabel(f"stage {stage}", fontsize=11, color=INK)
+        row[0].set_ylabel(f"{row_name} {stage}", fontsize=11, color=INK)
         row[1].set_title(f"{one.shape[0]} channels as RGB", **SMALL)
         if stage > 1:
             row[0].set_title(
@@ -143,16 +151,64 @@ def cls_attention_maps(
     whole = (0.0, 0.0, float(photo.size), float(photo.size))
     grid = figure.subplots(len(maps), heads + 2, squeeze=False)
     for row, (name, taken) in zip(grid, maps, strict=True):
-        strongest = taken.flatten(1).std(1).topk(heads).indices.sort().values.tolist()
+        shown = min(heads, taken.shape[0])
+        strongest = taken.flatten(1).std(1).topk(shown).indices.sort().values.tolist()
         _picture(row[0], _at(photo, taken.shape[1:]))
         row[0].set_ylabel(name, fontsize=11, color=INK)
         row[0].set_title(f"photo at {taken.shape[1]} x {taken.shape[2]}", **SMALL)
         panels = [("mean", taken.mean(0))] + [(f"head {h}", taken[h]) for h in strongest]
-        for axis, (label, one) in zip(row[1:], panels, strict=True):
+        for axis in row[1 + len(panels) :]:
+            axis.set_axis_off()
+        for axis, (label, one) in zip(row[1:], panels, strict=False):
             off = (one - one.mean()).numpy()  # entries may all be negative
             limit = max(float(np.abs(off).max()), 1e-9)
             _overlay(axis, photo, off, limit, whole)
             axis.set_title(_range(label, one.numpy()), **SMALL)
+    _save(figure, path)
+
+
+def digest_attention_maps(
+    photo: Photo,
+    maps: Sequence[tuple[str, AttentionMaps]],
+    point: tuple[float, float],
+    path: Path,
+    title: str,
+) -> None:
+    """One row a block: all its weights, then what the token at `point` takes, over the photo.
+
+    All means over the heads: as a matrix with the digests framed, as in the paper; of the tokens;
+    of the digests of earlier blocks, those of the latest where there are many.
+    """
+    most = 5
+    figure = _figure(2.2 * (most + 3), 2.35 * len(maps) + 0.5, title)
+    whole = (0.0, 0.0, float(photo.size), float(photo.size))
+    grid = figure.subplots(len(maps), most + 3, squeeze=False)
+    for row, (name, (tokens, digests)) in zip(grid, maps, strict=True):
+        gh, gw = tokens.shape[2:4]
+        weights = torch.cat([tokens.flatten(4), digests.flatten(4)], -1)[0].mean(0)
+        share = (weights * weights.shape[-1]).clamp_min(1e-6).log2()  # [gh, gw, N + M]
+        y, x = _element(point, tokens.shape[2:4])
+        looks = share[y, x]
+        limit = max(looks.abs().max().item(), 1e-3)
+        _picture(row[0], _at(photo, tokens.shape[2:4]))
+        row[0].add_patch(_outline((x - 0.5, y - 0.5, x + 0.5, y + 0.5)))
+        row[0].set_ylabel(name, fontsize=11, color=INK)
+        row[0].set_title(f"photo at {gh} x {gw}", **SMALL)
+        _picture(row[1], share.flatten(0, 1).numpy(), cmap=HEAT, aspect="auto")
+        row[1].images[0].set_clim(-share.abs().max().item(), share.abs().max().item())
+        row[1].add_patch(_outline((gh * gw - 0.5, -0.5, share.shape[-1] - 0.5, gh * gw - 0.5)))
+        taken = weights[..., gh * gw :].sum(-1).mean().item()
+        row[1].set_title(f"all weights, {taken:.0%} on digests", **SMALL)
+        earlier = looks[gh * gw :].view(digests.shape[4:])
+        panels = [("tokens", looks[: gh * gw].view(gh, gw), whole)]
+        for k, one in list(enumerate(earlier))[-most:]:
+            panels.append((f"digests of {k}", one, _cells(photo, (gh, gw), one.shape)))
+        for axis, (label, one, place) in zip(row[2:], panels, strict=False):
+            _overlay(axis, photo, one.numpy(), limit, whole, place)
+            low, high = one.exp2().min(), one.exp2().max()
+            axis.set_title(f"{label}: {low:.2f} to {high:.2f} x even", **SMALL)
+        for axis in row[2 + len(panels) :]:
+            axis.set_axis_off()
     _save(figure, path)
 
 
@@ -204,24 +260,38 @@ def _at(photo: Photo, size: torch.Size) -> np.ndarray:
 
 
 def _overlay(
-    axis: Any, photo: Photo, heat: np.ndarray, limit: float, box: tuple[float, float, float, float]
+    axis: Any,
+    photo: Photo,
+    heat: np.ndarray,
+    limit: float,
+    box: Box,
+    place: Box | None = None,
 ) -> None:
     """The photo in grey, cut to `box` (left, top, right, bottom), under heat in [-limit, limit].
 
     Each panel has its own range, which its title gives: attention may be nearly even.
+
+    Args:
+        place: where the heat lies; None: all over the box.
     """
-    left, top, right, bottom = box
     grey = photo.pixels.mean(2)
     _picture(axis, grey, cmap="gray", vmin=0, vmax=1, extent=(0, photo.size, photo.size, 0))
+    left, top, right, bottom = place or box
     axis.imshow(
         heat, cmap=HEAT, alpha=0.6, extent=(left, right, bottom, top), vmin=-limit, vmax=limit
     )
+    left, top, right, bottom = box
     axis.set(xlim=(left, right), ylim=(bottom, top))
 
 
-def _shares(
-    axis: Any, photo: Photo, heat: np.ndarray, box: tuple[float, float, float, float]
-) -> None:
+def _cells(photo: Photo, grid: tuple[int, int], digests: torch.Size) -> Box:
+    """Where the digests of a grid of tokens lie, each in a cell around the token it is made at."""
+    step_y, step_x = photo.size / grid[0], photo.size / grid[1]
+    left, top = (0.5 - STRIDE / 2) * step_x, (0.5 - STRIDE / 2) * step_y
+    return left, top, left + STRIDE * digests[1] * step_x, top + STRIDE * digests[0] * step_y
+
+
+def _shares(axis: Any, photo: Photo, heat: np.ndarray, box: Box) -> None:
     """The overlay of log2 of weight to even."""
     share = np.log2(np.maximum(heat * heat.size, 1e-6))
     _overlay(axis, photo, share, max(float(np.abs(share).max()), 1e-3), box)
@@ -235,23 +305,21 @@ def _element(point: tuple[float, float], size: torch.Size) -> tuple[int, int]:
     )
 
 
-def _box(
-    photo: Photo, one: Captured, start: tuple[int, int], size: tuple[int, int]
-) -> tuple[float, float, float, float]:
+def _box(photo: Photo, one: Captured, start: tuple[int, int], size: tuple[int, int]) -> Box:
     """Left, top, right, bottom in pixels of the photo of a piece of a feature map."""
     step_y, step_x = photo.size / one.x.shape[1], photo.size / one.x.shape[2]
     (top, left), (rows, columns) = start, size
     return left * step_x, top * step_y, (left + columns) * step_x, (top + rows) * step_y
 
 
-def _outline(box: tuple[float, float, float, float]) -> Rectangle:
+def _outline(box: Box) -> Rectangle:
     left, top, right, bottom = box
     return Rectangle((left, top), right - left, bottom - top, fill=False, ec=MARK, lw=1.8)
 
 
 def _mark(
     axis: Any,
-    box: tuple[float, float, float, float],
+    box: Box,
     place: tuple[int, int],
     size: tuple[int, int],
 ) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, serve
+from .._backend import choose, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
+    asked_for,
     autocast,
     backward_once,
     missing,
@@ -80,7 +81,7 @@ def digest_attention(
             dropout_p=dropout_p,
             seed=seed,
         )
-    return apply(_DigestAttention, *tensors, seed, options)[0]
+    return apply(_DigestAttention, *tensors, seed, kernels(chosen), options)[0]
 
 
 class _DigestAttention(torch.autograd.Function):
@@ -98,15 +99,14 @@ class _DigestAttention(torch.autograd.Function):
         bias_table: Tensor | None,
         digest_bias: Tensor | None,
         seed: Tensor | None,
+        ops: Any,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.xattn_ops.digest_fwd(
-            qkv, digest_kv, bias_table, digest_bias, seed, *options
-        )
+        return ops.digest_fwd(qkv, digest_kv, bias_table, digest_bias, seed, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, seed, ctx.options = inputs
+        *tensors, seed, ctx.ops, ctx.options = inputs
         ctx.save_for_backward(*tensors, output[1], seed)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -114,11 +114,10 @@ class _DigestAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 6
+            return (None,) * 7
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
-        grads = backward_once(torch.ops.xattn_ops.digest_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None)
+        grads = backward_once(ctx.ops.digest_bwd, *args)
+        return asked_for(ctx, grads)
 
 
 def _plan(
@@ -134,6 +133,24 @@ def _plan(
     backend: str | None,
 ) -> tuple[str, tuple[Any, ...]]:
     """The backend and the leaf ops' options for arguments that pass every check."""
+    tensors = (qkv, digest_kv, bias_table, digest_bias)
+    gh, gw, prefix, scale = check(*tensors, num_heads, grid, num_prefix_tokens, scale)
+    dropout_p = _checks.probability("dropout_p", dropout_p)
+    chosen = choose("digest_attention", backend, qkv.device.type, qkv.dtype)
+    return chosen, (num_heads, gh, gw, prefix, scale, dropout_p)
+
+
+def check(
+    qkv: Tensor,
+    digest_kv: Tensor | None,
+    bias_table: Tensor | None,
+    digest_bias: Tensor | None,
+    num_heads: int,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+) -> tuple[int, int, int, float]:
+    """Rows, columns, number of prefix tokens and scale of arguments that pass every check."""
     _checks.tensor("qkv", qkv, "[B, N, 3C]")
     B, _, C3 = qkv.shape
     head_dim = _checks.head_dim("qkv", qkv, 3, num_heads)
@@ -151,10 +168,7 @@ def _plan(
     if digest_bias is not None:
         sizes, layout = (num_heads, M), "[num_heads, M]"
         _checks.tensor("digest_bias", digest_bias, layout, sizes=sizes, like=like)
-    scale = _checks.scale(scale, head_dim)
-    dropout_p = _checks.probability("dropout_p", dropout_p)
-    chosen = choose("digest_attention", backend, qkv.device.type, qkv.dtype)
-    return chosen, (num_heads, gh, gw, num_prefix_tokens, scale, dropout_p)
+    return gh, gw, num_prefix_tokens, _checks.scale(scale, head_dim)
 
 
 def _macs(qkv: tuple[int, ...], digest_kv: tuple[int, ...] | None) -> int:
@@ -171,7 +185,11 @@ def _fake_forward(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(B, N, C3 // 3), stats
 
 
-serve("digest_attention", cpu=lambda call: missing("digest_fwd", "digest_bwd"))
+serve(
+    "digest_attention",
+    cpu=lambda call: missing("digest_fwd", "digest_bwd"),
+    triton=triton("xattn_ops.digest.triton_backward"),
+)
 register(
     "digest_fwd",
     batched=("qkv", "digest_kv"),

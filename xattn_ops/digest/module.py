@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,15 @@ from torch import Tensor, nn
 from .. import _checks
 from .._linear import linear
 from .interface import digest_attention
+
+
+class Tables(NamedTuple):
+    """What depends on the grid, for M digests of all blocks together."""
+
+    grid: tuple[int, int]
+    bias: Tensor  # [num_heads, gh * gw], by offset
+    digest_bias: Tensor | None  # [num_heads, M]; None without digests
+    digest_scale: Tensor | None  # [1, M, 1]; None without digests or without scale factors
 
 
 class DigestAttention(nn.Module):
@@ -66,35 +77,46 @@ class DigestAttention(nn.Module):
                 nn.init.trunc_normal_(bias, std=0.02)
 
     def forward(self, x: Tensor, digests: Tensor | None = None) -> Tensor:
-        out = digest_attention(
+        out = linear(self.attend(x, digests, self.tables()), self.proj.weight, self.proj.bias)
+        return F.dropout(out, self.proj_drop, self.training)
+
+    def tables(self) -> Tables:
+        """The module's own, for its grid."""
+        digest_bias = None if self.s_token_bias is None else self.s_token_bias[0, :, 0]
+        return Tables(self.grid, self.attention_biases, digest_bias, self.s_scale_factors)
+
+    def attend(self, x: Tensor, digests: Tensor | None, tables: Tables) -> Tensor:
+        """What enters the output projection: [B, N, dim]."""
+        return digest_attention(
             linear(x, self.qkv.weight, self.qkv.bias),
-            self.digest_kv(x, digests),
-            self.attention_biases,
-            None if self.s_token_bias is None else self.s_token_bias[0, :, 0],
+            self.digest_kv(x, digests, tables),
+            tables.bias,
+            tables.digest_bias,
             num_heads=self.num_heads,
-            grid=self.grid,
+            grid=tables.grid,
             num_prefix_tokens=self.num_prefix_tokens,
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
             backend=self.backend,
         )
-        out = linear(out, self.proj.weight, self.proj.bias)
-        return F.dropout(out, self.proj_drop, self.training)
 
-    def digest_kv(self, x: Tensor, digests: Tensor | None) -> Tensor | None:
+    def digest_kv(self, x: Tensor, digests: Tensor | None, tables: Tables) -> Tensor | None:
         """Keys and values [B, M, 2 dim] of the digests [B, M, dim]; None without any."""
-        B, dim, M = x.shape[0], self.qkv.in_features, self.num_digests
-        if self.s_norm is None:
+        if self.s_norm is None or tables.digest_bias is None:
             if digests is not None and digests.shape[1] > 0:
                 shape = list(digests.shape)
                 raise ValueError(f"digests must be None for num_digests=0, got shape {shape}")
             return None
-        _checks.tensor("digests", digests, "[B, M, dim]", sizes=(B, M, dim))
+        dim, bias = self.qkv.in_features, self.qkv.bias
+        sizes = (x.shape[0], tables.digest_bias.shape[1], dim)
+        _checks.tensor("digests", digests, "[B, M, dim]", sizes=sizes)
         assert digests is not None
-        if self.s_scale_factors is not None:
-            digests = digests * self.s_scale_factors
-        weight, bias = self.qkv.weight[dim:], self.qkv.bias
-        return linear(self.s_norm(digests), weight, None if bias is None else bias[dim:])
+        if tables.digest_scale is not None:
+            digests = digests * tables.digest_scale
+        # the queries' rows of the layer are left out: nobody reads queries of digests
+        return linear(
+            self.s_norm(digests), self.qkv.weight[dim:], None if bias is None else bias[dim:]
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -12,6 +12,7 @@ from .._backend import choose, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
+    asked_for,
     autocast,
     backward_once,
     missing,
@@ -108,8 +109,7 @@ class _InnerPatchAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
         grads = backward_once(ctx.ops.ipsa_bwd, *args)
-        wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None, None)
+        return asked_for(ctx, grads)
 
 
 def _plan(

@@ -7,12 +7,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks
-from .._linear import linear
+from .._linear import apply_linear, is_plain
 from .block import PackedWeights, takes_block
 from .interface import inner_patch_attention
 
 
-class InnerPatchAttention(nn.Module):
+class WindowAttentionLayers:
+    """What a module of window attention does with its layers `qkv` and `proj` and its bias table.
+
+    Without gradients, in float32 on the CPU, the three steps run as one pass over the windows.
+    """
+
+    num_heads: int
+    backend: str | None
+    qkv: nn.Linear
+    proj: nn.Linear
+    relative_position_bias_table: nn.Parameter
+    _packed: PackedWeights
+
+    def _attend(
+        self,
+        x: Tensor,
+        window: tuple[int, int],
+        shift: tuple[int, int],
+        scale: float | None,
+        dropout_p: float,
+    ) -> Tensor:
+        """proj(inner_patch_attention(qkv(x))); padding is what qkv makes of a zero token."""
+        square = self.qkv.out_features == 3 * self.qkv.in_features
+        if dropout_p == 0 and square and is_plain(self.qkv) and is_plain(self.proj):
+            weights = [self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias]
+            tensors = [*weights, self.relative_position_bias_table]
+            if takes_block(x, tensors, window, self.backend):
+                return self._one_pass(x, window, shift, scale)
+        out = inner_patch_attention(
+            apply_linear(self.qkv, x),
+            self.relative_position_bias_table,
+            num_heads=self.num_heads,
+            window=window,
+            shift=shift,
+            pad_qkv=self.qkv.bias,
+            scale=scale,
+            dropout_p=dropout_p,
+            backend=self.backend,
+        )
+        return apply_linear(self.proj, out)
+
+    def _one_pass(
+        self, x: Tensor, window: tuple[int, int], shift: tuple[int, int], scale: float | None
+    ) -> Tensor:
+        dim = self.qkv.in_features
+        _checks.tensor("x", x, f"[B, H, W, {dim}]", sizes=(*x.shape[:3], dim))
+        return torch.ops.xattn_ops.ipsa_block_fwd(
+            x,
+            self._packed.get("qkv", self.qkv.weight),
+            self.qkv.bias,
+            self._packed.get("proj", self.proj.weight),
+            self.proj.bias,
+            self.relative_position_bias_table,
+            self.num_heads,
+            *window,
+            *shift,
+            _checks.scale(scale, dim // self.num_heads),
+        )
+
+
+class InnerPatchAttention(WindowAttentionLayers, nn.Module):
     """y = proj(inner_patch_attention(qkv(x))), CAT's IPSA: x [B, H, W, dim] -> [B, H, W, dim].
 
     Without gradients, in float32 on the CPU, the three steps run as one pass over the windows.
@@ -57,40 +117,9 @@ class InnerPatchAttention(nn.Module):
         self._packed = PackedWeights()
 
     def forward(self, x: Tensor) -> Tensor:
-        dropping = self.training and (self.attn_drop > 0 or self.proj_drop > 0)
-        weights = [self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias]
-        tensors = [*weights, self.relative_position_bias_table]
-        if not dropping and takes_block(x, tensors, self.window, self.backend):
-            return self._one_pass(x)
-        out = inner_patch_attention(
-            linear(x, self.qkv.weight, self.qkv.bias),
-            self.relative_position_bias_table,
-            num_heads=self.num_heads,
-            window=self.window,
-            shift=self.shift,
-            pad_qkv=self.qkv.bias,
-            scale=self.scale,
-            dropout_p=self.attn_drop if self.training else 0.0,
-            backend=self.backend,
-        )
-        out = linear(out, self.proj.weight, self.proj.bias)
+        dropout_p = self.attn_drop if self.training else 0.0
+        out = self._attend(x, self.window, self.shift, self.scale, dropout_p)
         return F.dropout(out, self.proj_drop, self.training)
-
-    def _one_pass(self, x: Tensor) -> Tensor:
-        dim = self.qkv.in_features
-        _checks.tensor("x", x, f"[B, H, W, {dim}]", sizes=(*x.shape[:3], dim))
-        return torch.ops.xattn_ops.ipsa_block_fwd(
-            x,
-            self._packed.get("qkv", self.qkv.weight),
-            self.qkv.bias,
-            self._packed.get("proj", self.proj.weight),
-            self.proj.bias,
-            self.relative_position_bias_table,
-            self.num_heads,
-            *self.window,
-            *self.shift,
-            _checks.scale(self.scale, dim // self.num_heads),
-        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window={self.window}, shift={self.shift}"

@@ -1,0 +1,19 @@
+"""Names alone: see `torchvision`."""
+
+
+class CIFAR10: ...
+
+
+class CIFAR100: ...
+
+
+class FashionMNIST: ...
+
+
+class ImageFolder: ...
+
+
+class KMNIST: ...
+
+
+class MNIST: ...

@@ -1,0 +1,1 @@
+"""Names alone: see `torchvision`."""

@@ -1,0 +1,5 @@
+"""Names alone: see `torchvision`."""
+
+
+class ToTensor:
+    """timm.data derives from it."""

@@ -1,0 +1,1 @@
+"""The operators inside other libraries' models; importing this imports none of them."""
