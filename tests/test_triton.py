@@ -19,7 +19,8 @@ from support.oracle import check_against_float64, check_nan_stays_in_its_image
 from xattn_ops import _backend, explain
 
 pytest.importorskip("triton", reason="Triton is not installed")
-KERNELS = ("ipsa", "digest", "merge", "convrel", "convpos")  # operators that have Triton kernels
+# operators that have Triton kernels
+KERNELS = ("ipsa", "digest", "merge", "convrel", "convpos", "clsattn")
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here, not interpreted"
 )

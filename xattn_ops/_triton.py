@@ -31,23 +31,38 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _words(seed, unit, place):
+    """The random words of four queries at each place of an attention matrix, as `_dropout.philox`
+    gives them."""
+    state = tl.load(seed)
+    key_low = (state & 0xFFFFFFFF).to(tl.uint32)
+    key_high = ((state >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = place * 0
+    low = zero + (unit & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + ((unit >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox_impl(place, low, high, zero, key_low, key_high)
+
+
+@triton.jit
 def keep_weights(seed, unit, query_blocks, keys, n_keys, threshold, keep_scale):
     """Dropout of one tile of attention weights: keep_scale where a weight stays, 0 elsewhere.
 
     The counters are those of `_dropout.keep_mask`: query_blocks [R] number four queries each,
     keys [K]; the result is [4R, K].
     """
-    state = tl.load(seed)
-    key_low = (state & 0xFFFFFFFF).to(tl.uint32)
-    key_high = ((state >> 32) & 0xFFFFFFFF).to(tl.uint32)
     place = (query_blocks[:, None] * n_keys + keys[None, :]).to(tl.uint32)
-    zero = place * 0
-    low = zero + (unit & 0xFFFFFFFF).to(tl.uint32)
-    high = zero + ((unit >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox_impl(place, low, high, zero, key_low, key_high)
+    w0, w1, w2, w3 = _words(seed, unit, place)
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [R, K, low bit, high bit of the word]
     words = words.permute(0, 3, 2, 1).reshape(4 * query_blocks.shape[0], keys.shape[0])
     return tl.where(words.to(tl.int64) >= threshold, keep_scale, 0.0)
+
+
+@triton.jit
+def keep_weights_of_one(seed, units, keys, threshold, keep_scale):
+    """`keep_weights` where the query is the only one of its unit: units [U], keys [K] -> [U, K]."""
+    place = (units[:, None] * 0 + keys[None, :]).to(tl.uint32)
+    w0, _w1, _w2, _w3 = _words(seed, units[:, None], place)
+    return tl.where(w0.to(tl.int64) >= threshold, keep_scale, 0.0)
 
 
 @dataclass(frozen=True)

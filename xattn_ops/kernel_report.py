@@ -127,6 +127,24 @@ def _digest(side: int, digests: int, heads: int, head_dim: int, dtype: torch.dty
     digest_bwd(out, qkv, kv, table, bias, stats, None, *options)
 
 
+def _clsattn(
+    batch: int, patches: int, heads: int, head_dim: int, dtype: torch.dtype, **options: Any
+) -> None:
+    from .clsattn.triton_backward import clsattn_bwd
+    from .clsattn.triton_kernels import clsattn_fwd
+
+    C = heads * head_dim
+    dropout_p = options.get("dropout_p", 0.0)
+    cls, x = _meta(batch, 1, C, dtype=dtype), _meta(batch, patches, C, dtype=dtype)
+    weight, bias = _meta(C, C, dtype=dtype), _meta(C, dtype=dtype)
+    norm = bias if options.get("norm", True) else None
+    tensors = (cls, x, weight, bias, weight, weight, bias, norm, norm)
+    seed = _meta(dtype=torch.int64) if dropout_p else None
+    call = (seed, heads, 1e-6, head_dim**-0.5, dropout_p)
+    out, head_state, token_state = clsattn_fwd(*tensors, *call)
+    clsattn_bwd(out, *tensors, head_state, token_state, *call)
+
+
 class Call(NamedTuple):
     """A call of an operator, forward and backward; paper: at a shape of its paper."""
 
@@ -158,6 +176,14 @@ CALLS: dict[str, dict[str, Call]] = {
     "convpos": {
         "56x56, 64": Call(lambda dtype: _convpos(56, 64, dtype)),
         "56x56, 152": Call(lambda dtype: _convpos(56, 152, dtype)),
+    },
+    "clsattn": {
+        "196, 6 x 64": Call(lambda dtype: _clsattn(256, 196, 6, 64, dtype)),
+        "196, 7 x 64": Call(lambda dtype: _clsattn(256, 196, 7, 64, dtype)),
+        "196, 12 x 64": Call(lambda dtype: _clsattn(256, 196, 12, 64, dtype)),
+        "400, 6 x 32, no norm": Call(lambda dtype: _clsattn(256, 400, 6, 32, dtype, norm=False)),
+        "dropout": Call(lambda dtype: _clsattn(256, 196, 6, 64, dtype, dropout_p=0.1)),
+        "4096, 16 x 80": Call(lambda dtype: _clsattn(1, 4096, 16, 80, dtype), paper=False),
     },
 }
 

@@ -83,6 +83,7 @@ CASES = [
     _case("head_dim_19", 1, 30, 3, 19),
     _case("head_dim_33", 1, 20, 2, 33),
     _case("head_dim_130", 1, 10, 1, 130),
+    _case("channels_1040", 1, 40, 16, 65),
     _case("one_channel", 2, 9, 1, 1, norm="none"),
     _case("scale_zero", 2, 30, 3, 16, scale=0.0),
     _case("scale_negative", 2, 30, 3, 16, scale=-0.01),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, serve
+from .._backend import choose, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
@@ -100,7 +100,7 @@ def cls_cross_attention(
             dropout_p=dropout_p,
             seed=seed,
         )
-    return apply(_ClsCrossAttention, *tensors, seed, options)[0]
+    return apply(_ClsCrossAttention, *tensors, seed, kernels(chosen), options)[0]
 
 
 class _ClsCrossAttention(torch.autograd.Function):
@@ -125,9 +125,10 @@ class _ClsCrossAttention(torch.autograd.Function):
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         seed: Tensor | None,
+        ops: Any,
         options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.xattn_ops.clsattn_fwd(
+        return ops.clsattn_fwd(
             cls_token,
             patches,
             q_weight,
@@ -145,19 +146,17 @@ class _ClsCrossAttention(torch.autograd.Function):
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        *tensors, seed, options = inputs
+        *tensors, seed, ctx.ops, ctx.options = inputs
         ctx.save_for_backward(*tensors, *output[1:], seed)
         ctx.set_materialize_grads(False)  # or zeros would be made for the other outputs
-        ctx.options = options
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 12
+            return (None,) * 13
         saved = list(ctx.saved_tensors)
         k_bias = saved.pop(K_BIAS)
-        op = torch.ops.xattn_ops.clsattn_bwd
-        grads = list(backward_once(op, grad_out, *saved, *ctx.options))
+        grads = list(backward_once(ctx.ops.clsattn_bwd, grad_out, *saved, *ctx.options))
         grads.insert(K_BIAS, None if k_bias is None else torch.zeros_like(k_bias))
         return asked_for(ctx, grads)
 
@@ -249,7 +248,11 @@ def _backward_flops(grad_out: Any, *args: Any) -> int:
     return 2 * _forward_flops(*args)
 
 
-serve("cls_cross_attention", cpu=lambda call: missing("clsattn_fwd", "clsattn_bwd"))
+serve(
+    "cls_cross_attention",
+    cpu=lambda call: missing("clsattn_fwd", "clsattn_bwd"),
+    triton=triton("xattn_ops.clsattn.triton_backward"),
+)
 register(
     "clsattn_fwd",
     batched=("cls_token", "patches"),
