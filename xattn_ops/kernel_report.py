@@ -92,6 +92,28 @@ def _ipsa(
     ipsa_bwd(out, qkv, table, pad, None, *options)
 
 
+def _convrel(side: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    from .convrel.triton_backward import convrel_bwd
+    from .convrel.triton_kernels import convrel_fwd
+
+    C, N = heads * head_dim, 1 + side * side
+    windows, channels = [3, 5, 7], [C // 4, C * 3 // 8, C * 3 // 8]
+    qkv, out = (_meta(128, N, n * C, dtype=dtype) for n in (3, 1))
+    count = sum(k * k * c for k, c in zip(windows, channels, strict=True))
+    weight, bias = _meta(count, dtype=dtype), _meta(C, dtype=dtype)
+    options = (windows, channels, heads, side, side, 1, head_dim**-0.5)
+    out, state = convrel_fwd(qkv, weight, bias, *options)
+    convrel_bwd(out, qkv, weight, bias, state, *options)
+
+
+def _convpos(side: int, C: int, dtype: torch.dtype) -> None:
+    from .convrel.triton_encoding import convpos_bwd, convpos_fwd
+
+    x, weight = _meta(128, 1 + side * side, C, dtype=dtype), _meta(C, 1, 3, 3, dtype=dtype)
+    bias = _meta(C, dtype=dtype)
+    convpos_bwd(convpos_fwd(x, weight, bias, side, side, 1), x, weight, bias, side, side, 1)
+
+
 class Call(NamedTuple):
     """A call of an operator, forward and backward; paper: at a shape of its paper."""
 
@@ -108,6 +130,16 @@ CALLS: dict[str, dict[str, Call]] = {
         "padded": Call(lambda dtype: _ipsa(30, 6, 32, 7, 0, dtype)),
         "padded, shifted": Call(lambda dtype: _ipsa(30, 6, 32, 7, 3, dtype), paper=False),
         "window 12": Call(lambda dtype: _ipsa(24, 6, 32, 12, 6, dtype), paper=False),
+    },
+    "convrel": {
+        "56x56, 8 x 8": Call(lambda dtype: _convrel(56, 8, 8, dtype)),
+        "14x14, 8 x 40": Call(lambda dtype: _convrel(14, 8, 40, dtype)),
+        "56x56, 8 x 19": Call(lambda dtype: _convrel(56, 8, 19, dtype)),
+        "28x28, 8 x 96": Call(lambda dtype: _convrel(28, 8, 96, dtype), paper=False),
+    },
+    "convpos": {
+        "56x56, 64": Call(lambda dtype: _convpos(56, 64, dtype)),
+        "56x56, 152": Call(lambda dtype: _convpos(56, 152, dtype)),
     },
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, serve
+from .._backend import choose, kernels, serve, triton
 from .._registration import (
     apply,
     autocast,
@@ -78,7 +78,7 @@ def conv_relative_attention(
     weight, bias = _flat(qkv, conv_weights), None
     if conv_biases and conv_biases[0] is not None:
         bias = _flat(qkv, conv_biases)
-    return apply(_ConvRelativeAttention, qkv, weight, bias, options)[0]
+    return apply(_ConvRelativeAttention, qkv, weight, bias, kernels(chosen), options)[0]
 
 
 def conv_position_encoding(
@@ -120,7 +120,7 @@ def conv_position_encoding(
         return conv_position_encoding_reference(
             x, weight, bias, grid=(rows, columns), num_prefix_tokens=num_prefix_tokens
         )
-    return apply(_ConvPositionEncoding, x, weight, bias, options)
+    return apply(_ConvPositionEncoding, x, weight, bias, kernels(chosen), options)
 
 
 class _ConvRelativeAttention(torch.autograd.Function):
@@ -133,24 +133,28 @@ class _ConvRelativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, options: tuple[Any, ...]
+        qkv: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        ops: Any,
+        options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.xattn_ops.convrel_fwd(qkv, conv_weight, conv_bias, *options)
+        return ops.convrel_fwd(qkv, conv_weight, conv_bias, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:-1], output[1])
+        *tensors, ctx.ops, ctx.options = inputs
+        ctx.save_for_backward(*tensors, output[1])
         ctx.set_materialize_grads(False)  # or zeros would be made for the second output
-        ctx.options = inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 4
+            return (None,) * 5
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
-        grads = backward_once(torch.ops.xattn_ops.convrel_bwd, *args)
+        grads = backward_once(ctx.ops.convrel_bwd, *args)
         wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None)
+        return (*wanted, None, None)
 
 
 class _ConvPositionEncoding(torch.autograd.Function):
@@ -160,21 +164,21 @@ class _ConvPositionEncoding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[int, int, int]
+        x: Tensor, weight: Tensor, bias: Tensor | None, ops: Any, options: tuple[int, int, int]
     ) -> Tensor:
-        return torch.ops.xattn_ops.convpos_fwd(x, weight, bias, *options)
+        return ops.convpos_fwd(x, weight, bias, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-1])
-        ctx.options = inputs[-1]
+        *tensors, ctx.ops, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
-        grads = backward_once(torch.ops.xattn_ops.convpos_bwd, *args)
+        grads = backward_once(ctx.ops.convpos_bwd, *args)
         wanted = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None)
+        return (*wanted, None, None)
 
 
 def _flat(qkv: Tensor, groups: Sequence[Any]) -> Tensor:
@@ -305,8 +309,16 @@ def _encoding_flops(x: Any, weight: Any, bias: Any, rows: int, columns: int, *_:
     return 2 * x[0] * rows * columns * weight[0] * weight[-1] ** 2
 
 
-serve("conv_relative_attention", cpu=lambda call: missing("convrel_fwd", "convrel_bwd"))
-serve("conv_position_encoding", cpu=lambda call: missing("convpos_fwd", "convpos_bwd"))
+serve(
+    "conv_relative_attention",
+    cpu=lambda call: missing("convrel_fwd", "convrel_bwd"),
+    triton=triton("xattn_ops.convrel.triton_backward"),
+)
+serve(
+    "conv_position_encoding",
+    cpu=lambda call: missing("convpos_fwd", "convpos_bwd"),
+    triton=triton("xattn_ops.convrel.triton_encoding"),
+)
 register(
     "convrel_fwd",
     batched=("qkv",),
