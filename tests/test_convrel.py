@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+import os
+from itertools import pairwise, product
 
 import pytest
 import torch
-from support.cases import DTYPES, backends, dtypes, leaves
+from support.cases import BACKENDS, DTYPES, backends, dtypes, leaves
 from support.convrel import convrel
 from support.oracle import check_against_float64
 
 from xattn_ops import conv_relative_attention
+
+# Triton's kernels too, where its interpreter runs them, in all but float64.
+INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
+with_triton = pytest.mark.parametrize("backend", BACKENDS + INTERPRETED)
+kinds = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(backend, *dtype.values, id=f"{backend}-{dtype.id}")
+        for backend, dtype in product(BACKENDS + INTERPRETED, DTYPES)
+        if backend != "triton" or dtype.id != "f64"
+    ],
+)
 
 # ------------------------------------------------------------------------- the reference itself
 
@@ -32,7 +45,7 @@ def test_lists_tuples_and_absent_biases(backend: str) -> None:
 # ------------------------------------------------------------------------------- special values
 
 
-@backends
+@with_triton
 @pytest.mark.parametrize("dtype", DTYPES[:3])  # float64 could not judge itself here
 @pytest.mark.parametrize("size", [pytest.param(60.0, id="60"), pytest.param(-500.0, id="-500")])
 def test_extreme_keys(size: float, dtype: torch.dtype, backend: str) -> None:
@@ -43,8 +56,7 @@ def test_extreme_keys(size: float, dtype: torch.dtype, backend: str) -> None:
     check_against_float64(case, dtype, backend, tensors=leaves(tensors))
 
 
-@backends
-@dtypes
+@kinds
 @pytest.mark.parametrize("at", [0, 1, 37, 72], ids=["prefix", "first", "inside", "last"])
 def test_one_key_takes_all(at: int, dtype: torch.dtype, backend: str) -> None:
     """Its value alone is left, wherever it stands; its column's maximum comes early or late."""
@@ -58,7 +70,7 @@ def test_one_key_takes_all(at: int, dtype: torch.dtype, backend: str) -> None:
     torch.testing.assert_close(out.double(), want.flatten(2), rtol=4 * eps, atol=16 * eps)
 
 
-@backends
+@with_triton
 def test_weights_sum_to_one(backend: str) -> None:
     """With v = 1 everywhere the first term is the sum of q, whatever the keys."""
     case = convrel(2, (9, 11), 2, 8)
@@ -83,8 +95,7 @@ def test_nan_stays_where_it_belongs(dtype: torch.dtype, backend: str) -> None:
     assert torch.equal(out.isnan(), expected)
 
 
-@backends
-@dtypes
+@kinds
 @pytest.mark.parametrize("masked", [slice(0, 90), slice(1, 100), slice(40, 64)])
 def test_keys_of_minus_infinity_take_nothing(
     masked: slice, dtype: torch.dtype, backend: str
@@ -98,7 +109,7 @@ def test_keys_of_minus_infinity_take_nothing(
     check_against_float64(case, dtype, backend, tensors=leaves(tensors))
 
 
-@backends
+@with_triton
 @pytest.mark.parametrize(
     ("channel", "value"),
     [

@@ -31,6 +31,7 @@ def by_name(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         }
         return function(qkv, weights, biases or None, **options)
 
+    call.__name__ = function.__name__  # by which `explain` knows it
     return call
 
 
@@ -72,6 +73,10 @@ CASES = [
     _case("coat_lite_medium_stage4", 1, (7, 7), 8, 64, *coat(8, 64)),
     _case("coat_tiny", 1, (14, 14), 8, 19, *coat(8, 19)),
     _case("coat_mini", 1, (14, 14), 8, 27, *coat(8, 27)),
+    _case("coat_lite_stage2_small", 2, (5, 7), 8, 16, *coat(8, 16)),
+    _case("coat_lite_stage4_small", 1, (3, 5), 8, 40, *coat(8, 40)),
+    _case("coat_tiny_small", 1, (5, 7), 8, 19, *coat(8, 19)),
+    _case("coat_mini_small", 1, (5, 7), 8, 27, *coat(8, 27)),
     _case("odd_grid", 2, (11, 5), 2, 8, (3, 6), (5, 10)),
     _case("wide_grid", 1, (3, 37), 2, 8, (5, 16)),
     _case("tall_grid", 1, (37, 3), 2, 8, (5, 16)),
@@ -172,6 +177,8 @@ DESCRIPTION = Description(
         "coat_lite_stage1",
         "coat_lite_stage2",
         "coat_tiny",
+        "coat_lite_stage2_small",
+        "coat_tiny_small",
         "head_dim_5",
         "head_dim_70",
         "prefix_3",
