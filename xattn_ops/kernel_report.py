@@ -145,6 +145,15 @@ def _clsattn(
     clsattn_bwd(out, *tensors, head_state, token_state, *call)
 
 
+def _merge(side: int, C: int, dtype: torch.dtype) -> None:
+    from .digest.triton_merge import merge_bwd, merge_fwd
+
+    x, bias = _meta(256, side * side, C, dtype=dtype), _meta(C, dtype=dtype)
+    merge, enhance = (_meta(C, 1, k, k, dtype=dtype) for k in (7, 3))
+    digests, enhanced = merge_fwd(x, merge, enhance, bias, side, side, 4, 0)
+    merge_bwd(digests, enhanced, x, merge, enhance, bias, side, side, 4, 0)
+
+
 class Call(NamedTuple):
     """A call of an operator, forward and backward; paper: at a shape of its paper."""
 
@@ -166,6 +175,10 @@ CALLS: dict[str, dict[str, Call]] = {
         "196 + 80, 6 x 32": Call(lambda dtype: _digest(14, 80, 6, 32, dtype)),
         "49 + 4, 10 x 32": Call(lambda dtype: _digest(7, 4, 10, 32, dtype)),
         "784 + 245, 3 x 64": Call(lambda dtype: _digest(28, 245, 3, 64, dtype), paper=False),
+    },
+    "merge": {
+        "14x14, 192": Call(lambda dtype: _merge(14, 192, dtype)),
+        "7x7, 320": Call(lambda dtype: _merge(7, 320, dtype)),
     },
     "convrel": {
         "56x56, 8 x 8": Call(lambda dtype: _convrel(56, 8, 8, dtype)),

@@ -43,7 +43,7 @@ def _convolve(
 
 
 @triton.jit
-def _forward(
+def _merge_and_enhance(
     x, merge, enhance, bias, digests, enhanced, stride_b, stride_n,
     prefix, rows, columns, C, merged_rows, merged_columns, row_tiles, merged_tiles, channel_tiles,
     images, KM: tl.constexpr, KE: tl.constexpr, STRIDE: tl.constexpr, BX: tl.constexpr,
@@ -105,7 +105,7 @@ def _scatter(
 
 
 @triton.jit
-def _backward_input(
+def _input_gradient(
     grad_digests, grad_enhanced, merge, enhance, grad_x,
     digest_stride_b, digest_stride_n, grad_stride_b, grad_stride_n,
     prefix, rows, columns, C, merged_rows, merged_columns, row_tiles, channel_tiles,
@@ -136,7 +136,7 @@ def _backward_input(
 
 
 @triton.jit
-def _backward_weight(
+def _weight_shares(
     grad, x, weight_sums, bias_sums, grad_stride_b, grad_stride_n, stride_b, stride_n,
     grad_prefix, prefix, rows, columns, C, out_rows, out_columns, channel_tiles, all_rows,
     per_program, K: tl.constexpr, KB: tl.constexpr, STRIDE: tl.constexpr, BX: tl.constexpr,
@@ -233,7 +233,7 @@ def merge_fwd(
         **{"stride_b": x.stride(0), "stride_n": x.stride(1)},
     }
     _triton.launch(
-        _forward, B * each * sizes["channel_tiles"], warps=4, stages=1, **tensors, **sizes,
+        _merge_and_enhance, B * each * sizes["channel_tiles"], warps=4, stages=1, **tensors, **sizes,
         merged_tiles=tiles, images=B, KE=enhance_weight.shape[-1], BM=tile,
         HAS_BIAS=enhance_bias is not None,
     )  # fmt: skip
@@ -279,7 +279,7 @@ def merge_bwd(
         **{"grad_stride_b": enhanced.stride(0), "grad_stride_n": enhanced.stride(1)},
     }
     _triton.launch(
-        _backward_input, x.shape[0] * grid_h * sizes["row_tiles"] * sizes["channel_tiles"],
+        _input_gradient, x.shape[0] * grid_h * sizes["row_tiles"] * sizes["channel_tiles"],
         warps=4, stages=1, **tensors, **sizes, KE=enhance_weight.shape[-1],
         MERGED=grad_digests is not None, ENHANCED=grad_enhanced is not None,
     )  # fmt: skip
@@ -316,7 +316,7 @@ def _weight_gradient(
         **{name: sizes[name] for name in ("prefix", "rows", "columns", "C", "channel_tiles", "BC")},
     }
     _triton.launch(
-        _backward_weight, shares * K * sizes["channel_tiles"], warps=4, stages=1, **tensors,
+        _weight_shares, shares * K * sizes["channel_tiles"], warps=4, stages=1, **tensors,
         grad_prefix=grad_prefix, out_rows=outs[0], out_columns=outs[1], all_rows=rows,
         per_program=per_program, K=K, KB=triton.next_power_of_2(K), STRIDE=stride,
         BX=_tile(outs[1]), HAS_BIAS=True,
