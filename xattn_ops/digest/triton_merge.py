@@ -69,18 +69,21 @@ def _merge_and_enhance(
         to = enhanced + image * (prefix + rows * columns) * C + (token * C)[:, None] + c[None, :]
         mask = (ox < columns)[:, None] & (c < C)[None, :]
         tl.store(to, total.to(enhanced.dtype.element_ty), mask=mask)
-    else:
-        place -= rows * row_tiles
-        y = place // merged_tiles
-        ox = place % merged_tiles * BM + tl.arange(0, BM)
-        total = _convolve(
-            x, merge, image, y, ox, c, stride_b, stride_n, prefix, rows, columns, C,
+    else:  # other names: a variable has one shape in both branches
+        part = place - rows * row_tiles
+        my = part // merged_tiles
+        mx = part % merged_tiles * BM + tl.arange(0, BM)
+        merged = _convolve(
+            x, merge, image, my, mx, c, stride_b, stride_n, prefix, rows, columns, C,
             STRIDE, KM, BM, BC,
         )  # fmt: skip
-        token = (y * merged_columns + ox).to(tl.int64)
-        to = digests + image * merged_rows * merged_columns * C + (token * C)[:, None] + c[None, :]
-        mask = (ox < merged_columns)[:, None] & (c < C)[None, :]
-        tl.store(to, total.to(digests.dtype.element_ty), mask=mask)
+        digest = (my * merged_columns + mx).to(tl.int64)
+        there = (mx < merged_columns)[:, None] & (c < C)[None, :]
+        tl.store(
+            digests + image * merged_rows * merged_columns * C + (digest * C)[:, None] + c[None, :],
+            merged.to(digests.dtype.element_ty),
+            mask=there,
+        )
 
 
 @triton.jit
@@ -233,7 +236,7 @@ def merge_fwd(
         **{"stride_b": x.stride(0), "stride_n": x.stride(1)},
     }
     _triton.launch(
-        _merge_and_enhance, B * each * sizes["channel_tiles"], warps=4, stages=1, **tensors, **sizes,
+        _merge_and_enhance, B * each * sizes["channel_tiles"], warps=2, **tensors, **sizes,
         merged_tiles=tiles, images=B, KE=enhance_weight.shape[-1], BM=tile,
         HAS_BIAS=enhance_bias is not None,
     )  # fmt: skip
