@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from support.cases import Case, assert_equal
+from support.cases import Case, assert_equal, interpreted
 from support.operators import SMALL, of
 from support.oracle import check_against_float64, check_nan_stays_in_its_image
 
@@ -23,10 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from xattn_ops._triton import recording
 
 # operators that have Triton kernels
-KERNELS = ("ipsa", "digest", "merge", "convrel", "convpos", "clsattn")
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here, not interpreted"
-)
+KERNELS = ("ipsa", "cpsa", "digest", "merge", "convrel", "convpos", "clsattn")
 kernels = pytest.mark.parametrize("op", KERNELS)
 TOO_LARGE = {  # for the interpreter; other cases take the same ways through the kernels
     *(f"convrel-{id}" for id in ("coat_lite_stage2", "coat_lite_stage4", "coat_tiny", "coat_mini")),
