@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_ops import DigestAttention, InnerPatchAttention, TokenMergeEnhance, token_merge_enhance
-from xattn_ops._batch_norm import BatchNorm1d
 from xattn_ops._linear import linear, mlp
 from xattn_ops.digest.module import Tables
 from xattn_ops.models.checkpoints import resize_positions, square_side
@@ -207,7 +206,6 @@ class CaBlock(DigestAttention):
             # Its layers stand in the block itself, as in the official code.
             layers = TokenMergeEnhance(dim, merge=self.makes_digest, stride=STRIDE)
             self.dw_conv, self.local_conv = layers.dw_conv, layers.local_conv
-            self.local_conv.bn = BatchNorm1d(dim)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = NormedMlp(dim, int(mlp_ratio * dim))

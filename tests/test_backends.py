@@ -21,6 +21,7 @@ FUNCTIONS = [
     "conv_position_encoding",
     "cls_cross_attention",
     "digest_attention",
+    "token_merge_enhance",
 ]
 WITH_TRITON = {name for name in FUNCTIONS if "triton" in _backend._KERNELS[name]}
 functions = pytest.mark.parametrize("function", FUNCTIONS)
