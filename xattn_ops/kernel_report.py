@@ -92,6 +92,20 @@ def _ipsa(
     ipsa_bwd(out, qkv, table, pad, None, *options)
 
 
+def _cpsa(side: int, C: int, dtype: torch.dtype, heads: int = 1, dropout_p: float = 0.0) -> None:
+    from .cpsa.triton_backward import cpsa_bwd
+    from .cpsa.triton_kernels import cpsa_fwd
+
+    x = _meta(128, side, side, C, dtype=dtype)
+    qkv, qkv_bias, proj, proj_bias = (
+        _meta(*shape, dtype=dtype) for shape in ((147, 49), (147,), (49, 49), (49,))
+    )
+    seed = _meta(dtype=torch.int64) if dropout_p else None
+    options = (7, 7, heads, (49 // heads) ** -0.5, dropout_p)
+    cpsa_fwd(x, qkv, qkv_bias, proj, proj_bias, seed, *options)
+    cpsa_bwd(x, x, qkv, qkv_bias, proj, proj_bias, seed, *options)
+
+
 class Call(NamedTuple):
     """A call of an operator, forward and backward; paper: at a shape of its paper."""
 
@@ -108,6 +122,15 @@ CALLS: dict[str, dict[str, Call]] = {
         "padded": Call(lambda dtype: _ipsa(30, 6, 32, 7, 0, dtype)),
         "padded, shifted": Call(lambda dtype: _ipsa(30, 6, 32, 7, 3, dtype), paper=False),
         "window 12": Call(lambda dtype: _ipsa(24, 6, 32, 12, 6, dtype), paper=False),
+    },
+    "cpsa": {
+        "56x56 x 96": Call(lambda dtype: _cpsa(56, 96, dtype)),
+        "28x28 x 192": Call(lambda dtype: _cpsa(28, 192, dtype)),
+        "14x14 x 384": Call(lambda dtype: _cpsa(14, 384, dtype)),
+        "7x7 x 768": Call(lambda dtype: _cpsa(7, 768, dtype)),
+        "30x30 x 192, padded": Call(lambda dtype: _cpsa(30, 192, dtype), paper=False),
+        "56x56 x 96, dropout": Call(lambda dtype: _cpsa(56, 96, dtype, 1, 0.1), paper=False),
+        "28x28 x 192, 7 heads": Call(lambda dtype: _cpsa(28, 192, dtype, 7), paper=False),
     },
 }
 
