@@ -13,17 +13,14 @@ import sys
 
 import pytest
 import torch
-from support.cases import Case, assert_equal
+from support.cases import Case, assert_equal, interpreted
 from support.operators import OPERATORS, SMALL
 from support.oracle import check_against_float64
 
 from xattn_ops import _backend, explain
 
 pytest.importorskip("triton", reason="Triton is not installed")
-KERNELS = ("ipsa",)  # operators that have Triton kernels
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here, not interpreted"
-)
+KERNELS = ("ipsa", "cpsa")  # operators that have Triton kernels
 kernels = pytest.mark.parametrize("op", KERNELS)
 FLOATS = [
     pytest.param(torch.float32, id="f32"),
