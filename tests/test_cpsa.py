@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from support.cases import backends, dtypes
-from support.cpsa import cpsa
+from support.cases import backends, dtypes, interpreted
+from support.cpsa import CASES, cpsa
+from support.oracle import check_against_float64
 
 from xattn_ops import CrossPatchAttention, cross_patch_attention
 from xattn_ops.cpsa import cross_patch_attention_reference
@@ -40,6 +41,32 @@ def test_nan_stays_in_its_channel(num_heads: int, dtype: torch.dtype, backend: s
     expected = torch.zeros_like(out, dtype=torch.bool)
     expected[1, :, :, 4] = True
     assert torch.equal(out.isnan(), expected)
+
+
+@interpreted
+def test_nan_stays_in_its_channel_of_a_shared_matrix() -> None:
+    """The Triton kernels put the few tokens of several channels into one matrix."""
+    case = cpsa(1, 14, 14, 18)
+    tensors = case.tensors(torch.float32, requires_grad=False)
+    tensors["x"][0, 8, 9, 4] = math.nan
+    tensors["x"][0, 8, 9, 6] = math.inf
+    out = cross_patch_attention(**tensors, backend="triton", **case.options)
+    strange = (~out.isfinite()).all((0, 1, 2))
+    assert strange.nonzero().flatten().tolist() == [4, 6]
+    others = [c for c in range(18) if not strange[c]]
+    assert out[..., others].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name", ["cat_stage4_one_token", "padded_9x16", "rectangular_3x5", "tokens_20_padded"]
+)
+def test_tf32_takes_the_absorbed_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which float32 otherwise does not; interpreted, the products are exact all the same."""
+    (case,) = (given.values[0] for given in CASES if given.id == name)
+    monkeypatch.setattr("xattn_ops._triton.precision", lambda dtype: "tf32")
+    monkeypatch.setattr("xattn_ops.cpsa.triton_direct.backward", None)
+    check_against_float64(case, torch.float32, "triton")
 
 
 @backends

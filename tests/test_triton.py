@@ -12,21 +12,22 @@ import sys
 
 import pytest
 import torch
-from support.cases import Case, assert_equal
+from support.cases import Case, assert_equal, interpreted
 from support.operators import SMALL, of
 from support.oracle import check_against_float64, check_nan_stays_in_its_image
 
 from xattn_ops import _backend, explain
+from xattn_ops.kernel_report import CALLS
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from xattn_ops._triton import recording
+
 # operators that have Triton kernels
-KERNELS = ("ipsa", "digest", "merge", "convrel", "convpos", "clsattn")
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the GPU here, not interpreted"
-)
+KERNELS = ("ipsa", "cpsa", "digest", "merge", "convrel", "convpos", "clsattn")
 kernels = pytest.mark.parametrize("op", KERNELS)
 TOO_LARGE = {  # for the interpreter; other cases take the same ways through the kernels
     *(f"convrel-{id}" for id in ("coat_lite_stage2", "coat_lite_stage4", "coat_tiny", "coat_mini")),
+    "convpos-coat_lite_stage2",
     *(f"digest-{id}" for id in ("three_chunks", "two_chunks", "dropout_two_chunks")),
     *(f"digest-two_chunks-{id}" for id in ("50", "-50")),
     *(f"merge-{id}" for id in ("cabvit_stage3", "cabvit_h_l2_stage3", "many_tokens")),
@@ -83,6 +84,16 @@ def test_float64_is_refused(op: str) -> None:
     with pytest.raises(ValueError, match=f"backend 'triton' cannot serve .*{message}"):
         case.outputs(tensors, backend="triton")
     assert explain(case.function, **tensors, **case.options).refused["triton"] == message
+
+
+@kernels
+def test_launches_give_what_kernels_take(op: str) -> None:
+    """Exactly that: a launch on a card refuses other arguments, the interpreter ignores them."""
+    with recording("cuda") as launches:
+        for call in CALLS[op].values():
+            call.run(torch.bfloat16)
+    for launch in launches:
+        assert set(launch.arguments) == set(launch.kernel.arg_names), launch.kernel
 
 
 def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,20 @@ def _ipsa(
     ipsa_bwd(out, qkv, table, pad, None, *options)
 
 
+def _cpsa(side: int, C: int, dtype: torch.dtype, heads: int = 1, dropout_p: float = 0.0) -> None:
+    from .cpsa.triton_backward import cpsa_bwd
+    from .cpsa.triton_kernels import cpsa_fwd
+
+    x = _meta(128, side, side, C, dtype=dtype)
+    qkv, qkv_bias, proj, proj_bias = (
+        _meta(*shape, dtype=dtype) for shape in ((147, 49), (147,), (49, 49), (49,))
+    )
+    seed = _meta(dtype=torch.int64) if dropout_p else None
+    options = (7, 7, heads, (49 // heads) ** -0.5, dropout_p)
+    cpsa_fwd(x, qkv, qkv_bias, proj, proj_bias, seed, *options)
+    cpsa_bwd(x, x, qkv, qkv_bias, proj, proj_bias, seed, *options)
+
+
 def _convrel(side: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     from .convrel.triton_backward import convrel_bwd
     from .convrel.triton_kernels import convrel_fwd
@@ -145,6 +159,15 @@ def _clsattn(
     clsattn_bwd(out, *tensors, head_state, token_state, *call)
 
 
+def _merge(side: int, C: int, dtype: torch.dtype) -> None:
+    from .digest.triton_merge import merge_bwd, merge_fwd
+
+    x, bias = _meta(256, side * side, C, dtype=dtype), _meta(C, dtype=dtype)
+    merge, enhance = (_meta(C, 1, k, k, dtype=dtype) for k in (7, 3))
+    digests, enhanced = merge_fwd(x, merge, enhance, bias, side, side, 4, 0)
+    merge_bwd(digests, enhanced, x, merge, enhance, bias, side, side, 4, 0)
+
+
 class Call(NamedTuple):
     """A call of an operator, forward and backward; paper: at a shape of its paper."""
 
@@ -162,10 +185,23 @@ CALLS: dict[str, dict[str, Call]] = {
         "padded, shifted": Call(lambda dtype: _ipsa(30, 6, 32, 7, 3, dtype), paper=False),
         "window 12": Call(lambda dtype: _ipsa(24, 6, 32, 12, 6, dtype), paper=False),
     },
+    "cpsa": {
+        "56x56 x 96": Call(lambda dtype: _cpsa(56, 96, dtype)),
+        "28x28 x 192": Call(lambda dtype: _cpsa(28, 192, dtype)),
+        "14x14 x 384": Call(lambda dtype: _cpsa(14, 384, dtype)),
+        "7x7 x 768": Call(lambda dtype: _cpsa(7, 768, dtype)),
+        "30x30 x 192, padded": Call(lambda dtype: _cpsa(30, 192, dtype), paper=False),
+        "56x56 x 96, dropout": Call(lambda dtype: _cpsa(56, 96, dtype, 1, 0.1), paper=False),
+        "28x28 x 192, 7 heads": Call(lambda dtype: _cpsa(28, 192, dtype, 7), paper=False),
+    },
     "digest": {
         "196 + 80, 6 x 32": Call(lambda dtype: _digest(14, 80, 6, 32, dtype)),
         "49 + 4, 10 x 32": Call(lambda dtype: _digest(7, 4, 10, 32, dtype)),
         "784 + 245, 3 x 64": Call(lambda dtype: _digest(28, 245, 3, 64, dtype), paper=False),
+    },
+    "merge": {
+        "14x14, 192": Call(lambda dtype: _merge(14, 192, dtype)),
+        "7x7, 320": Call(lambda dtype: _merge(7, 320, dtype)),
     },
     "convrel": {
         "56x56, 8 x 8": Call(lambda dtype: _convrel(56, 8, 8, dtype)),

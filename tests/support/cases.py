@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,11 @@ from xattn_ops import _library
 
 # A build without kernels is a supported installation; test_backends.py fails where they should be.
 native = pytest.mark.skipif(not _library.NATIVE, reason=f"no CPU kernels: {_library.REASON}")
+# Triton kernels on the tensors of these tests, which are on the CPU.
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs Triton's interpreter: Triton installed, and no GPU on which kernels run",
+)
 BACKENDS = ["reference", "cpu"] if _library.NATIVE else ["reference"]
 DTYPES = [
     pytest.param(torch.float32, id="f32"),

@@ -39,6 +39,7 @@ SMALL = convpos(2, (5, 8), 8)
 
 CASES = [
     _case("coat_lite_stage2", 2, (28, 28), 128),
+    _case("coat_lite_stage2_small", 2, (5, 7), 128),
     _case("coat_lite_stage4", 2, (7, 7), 320),
     _case("coat_tiny", 1, (14, 14), 152),
     _case("batch_1", 1, (9, 10), 48),

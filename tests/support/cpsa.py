@@ -67,6 +67,9 @@ CASES = [
     _case("patch_4", 2, 12, 8, 16, patch=(4, 4)),
     _case("patch_8", 1, 16, 17, 8, patch=(8, 8)),
     _case("patch_11", 1, 22, 12, 4, patch=(11, 11)),
+    _case("patch_16", 1, 16, 17, 2, patch=(16, 16)),
+    _case("tokens_20_padded", 1, 9, 8, 5, patch=(2, 2)),
+    _case("tokens_64", 1, 16, 16, 3, patch=(2, 2)),
     _case("heads_7", 2, 14, 21, 5, num_heads=7),
     _case("heads_49", 1, 14, 14, 4, num_heads=49),
     _case("heads_one_token", 2, 7, 7, 18, num_heads=7),
@@ -89,6 +92,7 @@ DROPOUT = [
     _case("dropout_heads", 2, 14, 21, 3, num_heads=7, dropout_p=0.6),
     _case("dropout_odd", 1, 9, 11, 17, patch=(3, 2), dropout_p=0.1),
     _case("dropout_one_token", 2, 7, 7, 18, dropout_p=0.5),
+    _case("dropout_many_tokens", 1, 20, 17, 2, patch=(2, 2), num_heads=2, dropout_p=0.3),
     _case("dropout_tiny", 1, 14, 14, 4, dropout_p=1e-12),
     _case("dropout_most", 2, 14, 14, 4, dropout_p=0.9),
     _case("dropout_no_bias", 1, 14, 10, 4, qkv_bias=False, proj_bias=False, dropout_p=0.5),
@@ -152,6 +156,7 @@ DESCRIPTION = Description(
         "channels_17",
         "heads_7",
         "rectangular_5x2",
+        "tokens_20_padded",
         "no_bias",
         "dropout",
     ],
@@ -185,7 +190,7 @@ DESCRIPTION = Description(
     ],
     free_order=("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
     extreme=[
-        _case(f"heads_{heads}-{scale:g}", 16, 9, 12, 8, (4, 4), num_heads=heads, scale=scale)
+        _case(f"heads_{heads}-{scale:g}", 32, 9, 12, 8, (4, 4), num_heads=heads, scale=scale)
         for heads in (1, 2)
         for scale in (0.5, -1.0)
     ],

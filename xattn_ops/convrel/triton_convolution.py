@@ -172,8 +172,7 @@ def _weight_shares(
     start, end, low, high, _ = band_of(band, D, ALIGN, SECTIONS, N_SECTIONS)
     c = start + tl.arange(0, BC)
     dx = tl.arange(0, BK) - K // 2
-    stride_b, stride_n = stride_b * UNIT, stride_n * UNIT
-    grad_stride_b, grad_stride_n = grad_stride_b * UNIT, grad_stride_n * UNIT
+    stride_n, grad_stride_n = stride_n * UNIT, grad_stride_n * UNIT
     total = tl.zeros((BK, BT, BC), tl.float32)
     bias = tl.zeros((BT, BC), tl.float32)
     first = share * per_share
@@ -182,17 +181,17 @@ def _weight_shares(
         pixel = tokens_of((first + step) % tiles, BT, WIDE)
         n, y, x = pixel + prefix, pixel // W, pixel % W
         mask = (pixel < H * W)[:, None] & (c < end)[None, :]
-        at = image * grad_stride_b + n[:, None] * grad_stride_n + c[None, :]
+        at = image * grad_stride_b * UNIT + n[:, None] * grad_stride_n + c[None, :]
         gradient = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
         if FACTORS:
-            at = image * stride_b + n[:, None] * stride_n + c[None, :]
+            at = image * stride_b * UNIT + n[:, None] * stride_n + c[None, :]
             gradient *= tl.load(factors + at, mask=mask, other=0.0)
         bias += gradient
         column = x[None, :] + dx[:, None]
         near = (column >= 0) & (column < W) & (dx <= K // 2)[:, None]
         near &= ((pixel < H * W) & (y + dy >= 0) & (y + dy < H))[None, :]
         token = (n + dy * W)[None, :] + dx[:, None]
-        at = image * stride_b + token[:, :, None] * stride_n + c[None, None, :]
+        at = image * stride_b * UNIT + token[:, :, None] * stride_n + c[None, None, :]
         mask = near[:, :, None] & (c < end)[None, None, :]
         total += tl.load(values + at, mask=mask, other=0.0) * gradient[None, :, :]
     shares += share.to(tl.int64) * (LARGEST * LARGEST + 1) * WIDTH
@@ -298,10 +297,9 @@ def spread(
     taps = torch.empty(rows, width, dtype=torch.float32, device=weight.device)
     blocks = -(-width // block)
     if windows:
-        dense = {"weight": weight, "bias": weight if bias is None else bias}
-        given: dict[str, Any] = {**dense, "ROWS": TAP_ROWS}
+        given = {"weight": weight, "bias": weight if bias is None else bias, "taps": taps}
         programs = -(-rows // TAP_ROWS) * blocks
-        _triton.launch(_spread_taps, programs, warps=4, taps=taps, **given, **arguments)
+        launch(_spread_taps, programs, 4, 1, arguments, given, {"ROWS": TAP_ROWS})
     return Taps(taps, arguments, blocks)
 
 

@@ -75,7 +75,7 @@ def _plan(
     tensor of tokens."""
     B, N, C = x.shape
     strides = x.stride()[:2] + (() if other is None else other.stride()[:2])
-    sizes = alignment(C, *strides, C)
+    sizes = alignment(C, *strides)
     names = ("stride_b", "stride_n", "grad_stride_b", "grad_stride_n")
     arguments: dict[str, Any] = {
         **{name: s // sizes["UNIT"] for name, s in zip(names, strides, strict=False)},

@@ -2,8 +2,10 @@
 
 Two passes over the tokens. The first sums softmax(K)^T V, a D x D matrix of each head, by an online
 softmax over runs of tokens; where few images leave a card idle these are shared out and combined in
-a fixed order. The second forms Q (softmax(K)^T V) + Q * (conv(V) + bias), tile by tile. Products
-are of bands of channels, several heads at once: what heads do not share is masked.
+a fixed order. The second forms Q (softmax(K)^T V) + Q * (conv(V) + bias), tile by tile.
+
+Products are of bands of channels, several heads at once; what heads do not share is masked. Zeros
+do not stop what is not finite: in a query or a gradient it spoils its token in the whole band.
 """
 
 from __future__ import annotations

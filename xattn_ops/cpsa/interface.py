@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, serve
+from .._backend import choose, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
@@ -92,6 +92,7 @@ def cross_patch_attention(
         proj_weight,
         proj_bias,
         seed,
+        kernels(chosen),
         (ph, pw, num_heads, scale, dropout_p),
     )
 
@@ -109,21 +110,20 @@ class _CrossPatchAttention(torch.autograd.Function):
         proj_weight: Tensor,
         proj_bias: Tensor | None,
         seed: Tensor | None,
+        ops: Any,
         options: tuple[Any, ...],
     ) -> Tensor:
-        return torch.ops.xattn_ops.cpsa_fwd(
-            x, qkv_weight, qkv_bias, proj_weight, proj_bias, seed, *options
-        )
+        return ops.cpsa_fwd(x, qkv_weight, qkv_bias, proj_weight, proj_bias, seed, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-1])
-        ctx.options = inputs[-1]
+        *tensors, ctx.ops, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         args = (grad_out, *ctx.saved_tensors, *ctx.options)
-        grads = backward_once(torch.ops.xattn_ops.cpsa_bwd, *args)
+        grads = backward_once(ctx.ops.cpsa_bwd, *args)
         return asked_for(ctx, grads)
 
 
@@ -178,7 +178,11 @@ def _macs(x: tuple[int, ...], ph: int, pw: int) -> tuple[int, int]:
     return B * C * T * P * P, B * C * T * T * P
 
 
-serve("cross_patch_attention", cpu=lambda call: missing("cpsa_fwd", "cpsa_bwd"))
+serve(
+    "cross_patch_attention",
+    cpu=lambda call: missing("cpsa_fwd", "cpsa_bwd"),
+    triton=triton("xattn_ops.cpsa.triton_backward"),
+)
 register(
     "cpsa_fwd",
     batched=("x",),

@@ -43,7 +43,7 @@ def _convolve(
 
 
 @triton.jit
-def _forward(
+def _merge_and_enhance(
     x, merge, enhance, bias, digests, enhanced, stride_b, stride_n,
     prefix, rows, columns, C, merged_rows, merged_columns, row_tiles, merged_tiles, channel_tiles,
     images, KM: tl.constexpr, KE: tl.constexpr, STRIDE: tl.constexpr, BX: tl.constexpr,
@@ -69,18 +69,21 @@ def _forward(
         to = enhanced + image * (prefix + rows * columns) * C + (token * C)[:, None] + c[None, :]
         mask = (ox < columns)[:, None] & (c < C)[None, :]
         tl.store(to, total.to(enhanced.dtype.element_ty), mask=mask)
-    else:
-        place -= rows * row_tiles
-        y = place // merged_tiles
-        ox = place % merged_tiles * BM + tl.arange(0, BM)
-        total = _convolve(
-            x, merge, image, y, ox, c, stride_b, stride_n, prefix, rows, columns, C,
+    else:  # other names: a variable has one shape in both branches
+        part = place - rows * row_tiles
+        my = part // merged_tiles
+        mx = part % merged_tiles * BM + tl.arange(0, BM)
+        merged = _convolve(
+            x, merge, image, my, mx, c, stride_b, stride_n, prefix, rows, columns, C,
             STRIDE, KM, BM, BC,
         )  # fmt: skip
-        token = (y * merged_columns + ox).to(tl.int64)
-        to = digests + image * merged_rows * merged_columns * C + (token * C)[:, None] + c[None, :]
-        mask = (ox < merged_columns)[:, None] & (c < C)[None, :]
-        tl.store(to, total.to(digests.dtype.element_ty), mask=mask)
+        digest = (my * merged_columns + mx).to(tl.int64)
+        there = (mx < merged_columns)[:, None] & (c < C)[None, :]
+        tl.store(
+            digests + image * merged_rows * merged_columns * C + (digest * C)[:, None] + c[None, :],
+            merged.to(digests.dtype.element_ty),
+            mask=there,
+        )
 
 
 @triton.jit
@@ -105,7 +108,7 @@ def _scatter(
 
 
 @triton.jit
-def _backward_input(
+def _input_gradient(
     grad_digests, grad_enhanced, merge, enhance, grad_x,
     digest_stride_b, digest_stride_n, grad_stride_b, grad_stride_n,
     prefix, rows, columns, C, merged_rows, merged_columns, row_tiles, channel_tiles,
@@ -136,7 +139,7 @@ def _backward_input(
 
 
 @triton.jit
-def _backward_weight(
+def _weight_shares(
     grad, x, weight_sums, bias_sums, grad_stride_b, grad_stride_n, stride_b, stride_n,
     grad_prefix, prefix, rows, columns, C, out_rows, out_columns, channel_tiles, all_rows,
     per_program, K: tl.constexpr, KB: tl.constexpr, STRIDE: tl.constexpr, BX: tl.constexpr,
@@ -233,7 +236,7 @@ def merge_fwd(
         **{"stride_b": x.stride(0), "stride_n": x.stride(1)},
     }
     _triton.launch(
-        _forward, B * each * sizes["channel_tiles"], warps=4, stages=1, **tensors, **sizes,
+        _merge_and_enhance, B * each * sizes["channel_tiles"], warps=2, **tensors, **sizes,
         merged_tiles=tiles, images=B, KE=enhance_weight.shape[-1], BM=tile,
         HAS_BIAS=enhance_bias is not None,
     )  # fmt: skip
@@ -279,7 +282,7 @@ def merge_bwd(
         **{"grad_stride_b": enhanced.stride(0), "grad_stride_n": enhanced.stride(1)},
     }
     _triton.launch(
-        _backward_input, x.shape[0] * grid_h * sizes["row_tiles"] * sizes["channel_tiles"],
+        _input_gradient, x.shape[0] * grid_h * sizes["row_tiles"] * sizes["channel_tiles"],
         warps=4, stages=1, **tensors, **sizes, KE=enhance_weight.shape[-1],
         MERGED=grad_digests is not None, ENHANCED=grad_enhanced is not None,
     )  # fmt: skip
@@ -316,7 +319,7 @@ def _weight_gradient(
         **{name: sizes[name] for name in ("prefix", "rows", "columns", "C", "channel_tiles", "BC")},
     }
     _triton.launch(
-        _backward_weight, shares * K * sizes["channel_tiles"], warps=4, stages=1, **tensors,
+        _weight_shares, shares * K * sizes["channel_tiles"], warps=4, stages=1, **tensors,
         grad_prefix=grad_prefix, out_rows=outs[0], out_columns=outs[1], all_rows=rows,
         per_program=per_program, K=K, KB=triton.next_power_of_2(K), STRIDE=stride,
         BX=_tile(outs[1]), HAS_BIAS=True,
