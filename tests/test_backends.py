@@ -31,6 +31,8 @@ functions = pytest.mark.parametrize("function", FUNCTIONS)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XATTN_BACKEND", raising=False)
     monkeypatch.delenv("XATTN_STRICT", raising=False)
+    for function in WITH_TRITON:  # loaded before the interpreter is turned off, for later tests
+        _backend.refusal(function, "triton", _backend.Call("cuda", torch.float32))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # conftest.py: not what users have
     monkeypatch.setattr(_backend, "_warned", set())
 
