@@ -87,13 +87,13 @@ def peak_of_step(
     chosen = {**case.ours, **case.plain}[variant]
     small = cases.build(operator, stage, 1, getattr(torch, dtype), cases.STEP, device)
     warm = {**small.ours, **small.plain}[variant]
-    warm.step(torch.ones_like(warm.forward()))
-    with torch.no_grad():
-        shape = (case.batch, *warm.forward().shape[1:])
-    grad = torch.ones(shape, dtype=case.dtype, device=device)
-    del small, warm
+    outputs = warm.forward()
+    warm.step([torch.ones_like(out) for out in outputs])
+    shapes = [(case.batch, *out.shape[1:]) for out in outputs]
+    grads = [torch.ones(shape, dtype=case.dtype, device=device) for shape in shapes]
+    del small, warm, outputs
     gc.collect()
-    results, peak = (_on_cuda if device == "cuda" else _on_cpu)(lambda: chosen.step(grad))
+    results, peak = (_on_cuda if device == "cuda" else _on_cpu)(lambda: chosen.step(grads))
     return Peak(
         operator=case.operator,
         shape=case.shape,

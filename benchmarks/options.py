@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "operators",
         nargs="*",
         metavar="OPERATOR",
-        help="ipsa, cpsa, convrel, convpos, digest, clsattn, ... (all)",
+        help="ipsa, cpsa, convrel, convpos, digest, merge, clsattn, ... (all)",
     )
     add("--preset", choices=PRESETS, help="paper: everything that the papers speak of; quick")
     add("--device", choices=DEVICES, default="cpu", help="where the operands lie (cpu)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ WARM, COLD = CACHES
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0  # times the same-dtype eager formulation's error
 FLOOR = 4.0  # units of the dtype's eps at the largest value: a rounding or two is free
 STEP_FLOPS = 3  # a step is the forward and two products for each of its products
+
+Results = tuple[Tensor, ...]  # of a case: its outputs, and in a step the gradients of its leaves
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,14 @@ def run(case: Case, settings: Settings, roofline: Roofline) -> list[Row]:
         times are given and ratios are not.
     """
     torch.compiler.reset()  # shapes of the last case must not make this one dynamic
-    grad, expected, eager = _expected(case)
+    grads, expected, eager = _expected(case)
     skipped: dict[str, str] = {}
-    rows = _checked(case, grad, expected, eager, settings, skipped)
+    rows = _checked(case, grads, expected, eager, settings, skipped)
     passed = [row.variant for row in rows if row.check.passed]
     if next(iter(case.ours)) not in passed:
         return rows
-    ours = {name: _call(case.ours[name], case, grad) for name in passed}
-    plain = _running(case, grad, settings, skipped)
+    ours = {name: _call(case.ours[name], case, grads) for name in passed}
+    plain = _running(case, grads, settings, skipped)
     done: list[Row] = []
     for cache in settings.caches:
         timings = interleaved(
@@ -137,16 +139,16 @@ def run(case: Case, settings: Settings, roofline: Roofline) -> list[Row]:
             if row.variant in ours:
                 row.timing = timings[row.variant]
                 row.baselines = {name: timings[name] for name in plain}
-                _rate(row, case, expected[0], roofline)
+                _rate(row, case, expected[: len(grads)], roofline)
                 _judge(row, settings)
     return done
 
 
 def _checked(
     case: Case,
-    grad: Tensor,
-    expected: list[Tensor],
-    eager: list[Tensor],
+    grads: Results,
+    expected: Results,
+    eager: Results,
     settings: Settings,
     skipped: dict[str, str],
 ) -> list[Row]:
@@ -157,8 +159,9 @@ def _checked(
         if name != main and not settings.compile:
             continue
         try:  # a compiled variant owes what the compiled plain formulation does
-            same = eager if name == main else _results(case.plain["compile"], case, grad)
-            rows.append(_row(case, name, compare(_results(variant, case, grad), same, expected)))
+            same = eager if name == main else _results(case.plain["compile"], case, grads)
+            check = compare(_results(variant, case, grads), same, expected, len(grads))
+            rows.append(_row(case, name, check))
         except Exception as error:  # a compiler that is not there; our own kernel has no excuse
             if name == main:
                 raise
@@ -167,7 +170,7 @@ def _checked(
 
 
 def _running(
-    case: Case, grad: Tensor, settings: Settings, skipped: dict[str, str]
+    case: Case, grads: Results, settings: Settings, skipped: dict[str, str]
 ) -> dict[str, Callable[[], object]]:
     """The plain formulations that run; the others go to `skipped`."""
     plain = {}
@@ -175,7 +178,7 @@ def _running(
         if not settings.compile and ("compile" in name or name == "flex"):
             skipped[name] = "left out"
             continue
-        run_once = _call(variant, case, grad)
+        run_once = _call(variant, case, grads)
         try:
             run_once()
         except Exception as error:  # the baseline's own limits are a finding, not a failure
@@ -185,8 +188,12 @@ def _running(
     return plain
 
 
-def compare(results: list[Tensor], plain: list[Tensor], expected: list[Tensor]) -> Check:
+def compare(
+    results: Sequence[Tensor], plain: Sequence[Tensor], expected: Sequence[Tensor], outputs: int = 1
+) -> Check:
     """Ours against float64, in units of what the same-dtype plain formulation loses.
+
+    outputs: how many come before the gradients.
 
     Returns:
         The check of the tensor that comes nearest to its limit, or is furthest beyond it.
@@ -194,38 +201,39 @@ def compare(results: list[Tensor], plain: list[Tensor], expected: list[Tensor]) 
     worst: tuple[float, Check] | None = None
     for i, (ours, same, exact) in enumerate(zip(results, plain, expected, strict=True)):
         scale = exact.abs().max().item() if exact.numel() else 0.0
-        factor = GRADIENT_FACTOR if i else FORWARD_FACTOR
+        factor = FORWARD_FACTOR if i < outputs else GRADIENT_FACTOR
         plain_error = _max_error(same, exact)
         allowed = factor * plain_error + FLOOR * torch.finfo(ours.dtype).eps * scale
         error = _max_error(ours, exact)
         passed = ours.shape == exact.shape and error <= allowed  # NaN fails
         share = error / allowed if passed and allowed else (0.0 if passed else float("inf"))
-        name = f"gradient {i - 1}" if i else "output"
+        number = "" if outputs == 1 else f" {i}"
+        name = f"output{number}" if i < outputs else f"gradient {i - outputs}"
         if worst is None or share > worst[0]:
             worst = share, Check(name, error, plain_error, allowed, passed)
     assert worst is not None
     return worst[1]
 
 
-def _expected(case: Case) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradient to feed in, float64 results, eager results of the case's dtype."""
-    out = case.oracle.forward()
+def _expected(case: Case) -> tuple[Results, Results, Results]:
+    """Gradients to feed in, float64 results, eager results of the case's dtype."""
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator).to(out.device, case.dtype)
-    eager = next(iter(case.plain.values()))
-    return grad, _results(case.oracle, case, grad.double()), _results(eager, case, grad)
+    grads = tuple(
+        torch.randn(out.shape, generator=generator).to(out.device, case.dtype)
+        for out in case.oracle.forward()
+    )
+    exact = _results(case.oracle, case, tuple(grad.double() for grad in grads))
+    return grads, exact, _results(next(iter(case.plain.values())), case, grads)
 
 
-def _results(variant: Variant, case: Case, grad: Tensor) -> list[Tensor]:
-    if case.direction == FORWARD:
-        return [variant.forward()]
-    return list(variant.step(grad))
+def _results(variant: Variant, case: Case, grads: Results) -> Results:
+    return variant.forward() if case.direction == FORWARD else variant.step(grads)
 
 
-def _call(variant: Variant, case: Case, grad: Tensor) -> Callable[[], object]:
+def _call(variant: Variant, case: Case, grads: Results) -> Callable[[], object]:
     if case.direction == FORWARD:
         return variant.forward
-    return lambda: variant.step(grad)
+    return lambda: variant.step(grads)
 
 
 def _row(case: Case, variant: str, check: Check) -> Row:
@@ -248,10 +256,10 @@ def _row(case: Case, variant: str, check: Check) -> Row:
     return row
 
 
-def _rate(row: Row, case: Case, out: Tensor, roofline: Roofline) -> None:
+def _rate(row: Row, case: Case, outputs: Results, roofline: Roofline) -> None:
     assert row.timing is not None
     leaves = sum(t.numel() for t in next(iter(case.ours.values())).leaves) * case.dtype.itemsize
-    output = out.numel() * case.dtype.itemsize
+    output = sum(out.numel() for out in outputs) * case.dtype.itemsize
     if case.direction == FORWARD:
         operations, traffic = 2 * case.macs, leaves + output
     else:  # the leaves are read twice and their gradients written; the output written, its read

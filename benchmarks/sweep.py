@@ -183,10 +183,10 @@ def _plain_attention(
         make = Maker(dtype, direction)
         shape = (batch, stage.heads, tokens, stage.channels // stage.heads)
         q, k, v = (make(*shape) for _ in range(3))
-    grad = torch.ones_like(q).detach()
+    grads = [torch.ones_like(q).detach()]
     variant = Variant(F.scaled_dot_product_attention, (q, k, v), (q, k, v))
     forward = direction == FORWARD
-    call = variant.forward if forward else lambda: variant.step(grad)
+    call = variant.forward if forward else lambda: variant.step(grads)
     timings = interleaved(
         {"sdpa": call},
         budget=settings.budget,

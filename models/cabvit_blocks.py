@@ -1,8 +1,8 @@
 """Blocks of CabViT (paper, 3.1 and 3.2). Activations are maps [B, H, W, C] or tokens [B, P + N, C]:
 prefix tokens such as CLS, then the image row by row.
 
-On large maps a layer scale is folded into the linear layer before it: weights are smaller than
-activations.
+On large maps a layer scale is folded into the linear layer before it, whose weights are smaller
+than its activations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xattn_ops import DigestAttention, InnerPatchAttention, TokenMergeEnhance, token_merge_enhance
-from xattn_ops._batch_norm import BatchNorm1d
 from xattn_ops._linear import linear, mlp
 from xattn_ops.digest.module import Tables
 from xattn_ops.models.checkpoints import resize_positions, square_side
@@ -24,6 +23,7 @@ from xattn_ops.models.layers import DropPath, Mlp, norm_layer, run
 
 STRIDE = 4  # of the digests: s of the paper
 WINDOW = 7  # of window attention
+LARGE = 4  # times as many tokens as hidden channels: from there on layer scales are folded
 
 Grid = tuple[int, int]
 
@@ -40,7 +40,7 @@ def add_scaled_mlp(
     x: Tensor, shortcut: Tensor, fc1: nn.Linear, fc2: nn.Linear, gamma: Tensor, drop_path: DropPath
 ) -> Tensor:
     """shortcut + DropPath(gamma * fc2(gelu(fc1 x)))."""
-    if _rows(x) <= fc2.in_features:
+    if x.numel() // x.shape[-1] <= LARGE * fc2.in_features:
         y = mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return add_scaled(y, shortcut, gamma, drop_path)
     layers = fc1.weight, fc1.bias, gamma[:, None] * fc2.weight, gamma * fc2.bias
@@ -49,21 +49,8 @@ def add_scaled_mlp(
     return mlp(x, *layers, shortcut)
 
 
-def add_scaled_linear(
-    x: Tensor, shortcut: Tensor, layer: nn.Linear, gamma: Tensor, drop_path: DropPath
-) -> Tensor:
-    """shortcut + DropPath(gamma * layer(x))."""
-    if _rows(x) <= layer.in_features:
-        return add_scaled(linear(x, layer.weight, layer.bias), shortcut, gamma, drop_path)
-    return drop_path(linear(x, gamma[:, None] * layer.weight, gamma * layer.bias), shortcut)
-
-
 def _factors(dim: int, value: float) -> nn.Parameter:
     return nn.Parameter(torch.full((dim,), float(value)))
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
 
 
 def add_scaled(y: Tensor, shortcut: Tensor, gamma: Tensor, drop_path: DropPath) -> Tensor:
@@ -207,7 +194,6 @@ class CaBlock(DigestAttention):
             # Its layers stand in the block itself, as in the official code.
             layers = TokenMergeEnhance(dim, merge=self.makes_digest, stride=STRIDE)
             self.dw_conv, self.local_conv = layers.dw_conv, layers.local_conv
-            self.local_conv.bn = BatchNorm1d(dim)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = NormedMlp(dim, int(mlp_ratio * dim))
@@ -221,7 +207,8 @@ class CaBlock(DigestAttention):
             The tokens after the block, and its digest [B, m, C] where a later block takes it.
         """
         y = self.attend(self.norm1(x), digests, self.tables_on(grid))
-        x = add_scaled_linear(y, x, self.proj, self.gamma_1, self.drop_path)
+        y = linear(y, self.proj.weight, self.proj.bias)
+        x = add_scaled(y, x, self.gamma_1, self.drop_path)
         digest, x = self.merge_enhance(x, grid)
         layers = (self.mlp.fc1, self.mlp.fc2, self.gamma_2, self.drop_path)
         return add_scaled_mlp(self.mlp.norm(self.norm2(x)), x, *layers), digest

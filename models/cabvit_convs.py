@@ -37,7 +37,10 @@ class ConvNorm(nn.Module):
         if conv.kernel_size == (1, 1):
             return linear(x, weight.flatten(1), bias)
         x, padding = x.permute(0, 3, 1, 2), conv.kernel_size[0] // 2
-        x = x.contiguous(memory_format=torch.channels_last)  # which an image is not
+        if bias is not None:
+            # which an image is not, and which is faster; but oneDNN's sums err twice as much then,
+            # and a training step would err too much by that
+            x = x.contiguous(memory_format=torch.channels_last)
         if x.dtype == torch.bfloat16 and conv.groups > 1:
             # torch 2.13 leaves parts of the bfloat16 gradient of a strided depthwise weight
             # uninitialised on tiny maps where it pads by itself

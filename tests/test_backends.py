@@ -21,6 +21,7 @@ FUNCTIONS = [
     "conv_position_encoding",
     "cls_cross_attention",
     "digest_attention",
+    "token_merge_enhance",
 ]
 WITH_TRITON = {name for name in FUNCTIONS if "triton" in _backend._KERNELS[name]}
 functions = pytest.mark.parametrize("function", FUNCTIONS)
@@ -30,6 +31,8 @@ functions = pytest.mark.parametrize("function", FUNCTIONS)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XATTN_BACKEND", raising=False)
     monkeypatch.delenv("XATTN_STRICT", raising=False)
+    for function in WITH_TRITON:  # loaded before the interpreter is turned off, for later tests
+        _backend.refusal(function, "triton", _backend.Call("cuda", torch.float32))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # conftest.py: not what users have
     monkeypatch.setattr(_backend, "_warned", set())
 

@@ -1,14 +1,16 @@
-"""Every wrong argument of digest_attention and its module raises and is named."""
+"""Every wrong argument of CabViT's functions and modules raises and is named."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from support import merge
 from support.digest import SMALL
 from support.wrong import (
     activation,
     backend,
     companion,
+    depthwise,
     heads_of,
     integer,
     of_value,
@@ -19,7 +21,12 @@ from support.wrong import (
     token_grid,
 )
 
-from xattn_ops import DigestAttention, digest_attention
+from xattn_ops import (
+    DigestAttention,
+    TokenMergeEnhance,
+    digest_attention,
+    token_merge_enhance,
+)
 
 DIGESTS, TABLE = "digest_kv must be [B, M, 2C] = [2, 3, 16]", "bias_table must be [num_heads, gh *"
 
@@ -79,3 +86,35 @@ def test_digest_module_takes_the_digests_it_was_made_for() -> None:
         ValueError, match=r"digests must be .* = \[2, 8, 8\], got shape \[2, 4, 8\]"
     ):
         DigestAttention(8, 2, (3, 5), 8)(x, digests)
+
+
+KERNEL = "[C, 1, k, k]"
+
+test_token_merge_enhance = refuses(
+    token_merge_enhance,
+    # 2 images, grid 5 x 8 and one prefix token, 8 channels
+    merge.SMALL.tensors(torch.float32, requires_grad=False) | merge.SMALL.options,
+    *activation("x", "[B, N, C]", 2, 41, 8),
+    of_value(
+        "x must have num_prefix_tokens + rows * columns tokens, 1 + 5 * 8 = 41, got 40",
+        x=torch.zeros(2, 40, 8),
+    ),
+    *token_grid("x", 1, 5, 8),
+    *depthwise("merge_weight", KERNEL, 8, 7, of="x")[1:],  # None: no digests
+    *depthwise("enhance_weight", KERNEL, 8, 3, of="x"),
+    *companion("enhance_bias", "[C]", 8, of="x"),
+    *integer("stride", 1),
+    *backend(token_merge_enhance),
+)
+
+test_token_merge_module = refuses(
+    TokenMergeEnhance,
+    {"dim": 8},
+    *integer("dim", 1),
+    *integer("window", 1),
+    of_value("window must be odd, got 4", window=4),
+    *integer("stride", 1),
+    *integer("enhance_window", 1),
+    of_value("enhance_window must be odd, got 2", enhance_window=2),
+    *integer("num_prefix_tokens", 0),
+)

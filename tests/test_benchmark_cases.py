@@ -24,7 +24,7 @@ from xattn_ops.convrel import (
     conv_relative_attention_reference,
 )
 from xattn_ops.cpsa import cross_patch_attention_reference
-from xattn_ops.digest import digest_attention_reference
+from xattn_ops.digest import digest_attention_reference, token_merge_enhance_reference
 from xattn_ops.ipsa import inner_patch_attention_reference
 from xattn_ops.models import create_model
 from xattn_ops.models.cabvit_blocks import CaBlock, ConvNeXtBlock
@@ -138,6 +138,27 @@ def test_plain_digest_attention_is_the_reference_with_its_gradients(make_core):
     torch.testing.assert_close(baselines.digest_dense(make_core, 3)(*operands[:2], bias), expected)
 
 
+@pytest.mark.parametrize("formulation", [baselines.merge_eager, baselines.merge_nhwc])
+def test_plain_token_merge_is_the_reference_with_its_gradients(formulation):
+    shapes = [(2, 30, 7), (7, 1, 5, 5), (7, 1, 3, 3), (7,)]
+    operands = [torch.randn(shape).double().requires_grad_() for shape in shapes]
+    expected = token_merge_enhance_reference(*operands, grid=(5, 6), stride=2)
+    actual = formulation((5, 6), 2)(*operands)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.randn_like(out) for out in expected]
+    gradients = [torch.autograd.grad(outs, operands, grads) for outs in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_token_merge_is_timed_at_the_stages_of_the_models():
+    shapes = [(s.size, s.channels, s.window, s.stride) for s in cases.SHAPES["merge"]]
+    stages = [((14, 14), 192), ((14, 14), 320), ((7, 7), 320)]
+    assert shapes == [(*stage, 7, 4) for stage in stages]
+    assert [s.digests for s in cases.SHAPES["merge"]] == [16, 16, 4]
+    outs = tiny("merge").ours["fused"].forward()
+    assert [tuple(out.shape) for out in outs] == [(2, 9, 7), (2, 30, 7)]
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("options", [{}, {"digest_scale": False}], ids=["scale", "no-scale"])
 def test_a_plain_copy_of_a_cabvit_computes_the_same(options, training):
@@ -230,13 +251,14 @@ def test_a_plain_copy_of_a_model_holds_no_fused_operator_and_shares_what_the_mod
         pytest.param("convpos", 32, id="convpos"),
         pytest.param("clsattn", 12, id="clsattn"),
         pytest.param("digest", 30, id="digest"),
+        pytest.param("merge", 30, id="merge"),
     ],
 )
 def test_a_case_knows_its_tokens(operator, tokens):
     assert tiny(operator).tokens == tokens
 
 
-@pytest.mark.parametrize("operator", ["convrel", "convrel_module", "convpos", "digest"])
+@pytest.mark.parametrize("operator", ["convrel", "convrel_module", "convpos", "digest", "merge"])
 def test_the_work_of_a_case_is_what_the_counter_counts_of_the_plain_formulation(operator):
     case = tiny(operator)
     with FlopCounterMode(display=False) as counter:

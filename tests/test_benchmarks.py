@@ -109,17 +109,20 @@ def test_compiled_baselines_run_where_they_are_asked_for(operator, other):
     assert set(row.baselines) | set(row.skipped) == set(case.plain)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_the_gate_trips_on_a_wrong_output(operator, monkeypatch):
+@pytest.mark.parametrize(("operator", "output"), [*((name, 0) for name in OPERATORS), ("merge", 1)])
+def test_the_gate_trips_on_a_wrong_output(operator, output, monkeypatch):
     case = tiny(operator)
     right = case.ours["fused"]
-    wrong = replace(right, function=lambda *args: right.function(*args) * 1.01)
+    outs = list(right.forward())
+    outs[output] = outs[output] * 1.01
+    wrong = replace(right, function=lambda *_: tuple(outs))
     monkeypatch.setattr(runner, "interleaved", lambda *_, **__: pytest.fail("was timed"))
     (row,) = runner.run(replace(case, ours={"fused": wrong}), QUICK, ROOF)
     assert not row.check.passed
     assert row.timing is None
     assert not row.ratios
-    assert row.refused.startswith("wrong result: output is off by")
+    name = "output" if len(outs) == 1 else f"output {output}"
+    assert row.refused.startswith(f"wrong result: {name} is off by")
 
 
 def test_the_gate_trips_on_a_wrong_gradient(monkeypatch):

@@ -40,6 +40,7 @@ def test_info_names_versions_backends_and_what_is_missing(capsys):
     assert "conv_relative_attention on cpu, float32: " in out
     assert "conv_position_encoding on cpu, float32: " in out
     assert "digest_attention on cpu, float32: " in out
+    assert "token_merge_enhance on cpu, float32: " in out
     assert ("CUDA: none" in out) or ("CUDA " in out)
 
 

@@ -12,6 +12,7 @@ from xattn_ops import (
     cross_patch_attention,
     digest_attention,
     inner_patch_attention,
+    token_merge_enhance,
 )
 
 
@@ -69,6 +70,18 @@ STEPS = [  # call, MACs of its convolutions, MACs that the kernel's backward com
         2 * 25 * 16 * 9,
         0,
         id="conv-position: nothing",
+    ),
+    pytest.param(
+        lambda **options: torch.cat(
+            token_merge_enhance(
+                leaf(2, 26, 16), leaf(16, 1, 7, 7), leaf(16, 1, 3, 3), grid=(5, 5),
+                num_prefix_tokens=1, **options,
+            ),
+            1,
+        ),
+        2 * 16 * (4 * 49 + 25 * 9),
+        0,
+        id="merge: nothing",
     ),
     pytest.param(
         lambda **options: cls_cross_attention(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import clsattn, convpos, convrel, cpsa, digest, ipsa
+from support import clsattn, convpos, convrel, cpsa, digest, ipsa, merge
 from support.cases import Case, assert_equal, assert_same, backends, native, total
 from support.operators import (
     MODULES,
@@ -59,7 +59,7 @@ def leaf_arguments(kind: str) -> tuple[str, list[Tensor], list[Any]]:
 
 
 def backward_arguments(op: str, tensors: list[Any], sizes: list[Any]) -> list[Any]:
-    """grad_out, the forward's tensors, what the forward made for the backward, and the sizes."""
+    """Gradients, the forward's tensors, what the forward made for the backward, and the sizes."""
     made = getattr(torch.ops.xattn_ops, f"{op}_fwd")(*tensors, *sizes)
     kept = made[len(SMALL[op].outs) :] if isinstance(made, tuple) else ()
     return [*SMALL[op].grad_outs(torch.float32), *tensors, *kept, *sizes]
@@ -94,6 +94,7 @@ def test_opcheck(kind: str) -> None:
         ("digest", (3,)),
         ("digest", (1, 3)),
         ("digest", (1, 2, 3)),
+        ("merge", (3,)),
     ],
 )
 def test_opcheck_without_optional_tensors(op: str, absent: tuple[int, ...]) -> None:
@@ -113,6 +114,27 @@ def test_opcheck_without_a_relative_term() -> None:
     torch.library.opcheck(torch.ops.xattn_ops.convrel_fwd.default, (qkv, none, None, *sizes))
     arguments = backward_arguments("convrel", [qkv, none, None], sizes)
     torch.library.opcheck(torch.ops.xattn_ops.convrel_bwd.default, arguments)
+
+
+@native
+def test_opcheck_without_a_merge() -> None:
+    """Its output is empty, and so is its weight's gradient."""
+    _, (x, _, *enhance), sizes = leaf_arguments("merge")
+    grad = SMALL["merge"].grad_outs(torch.float32)[1]
+    torch.library.opcheck(torch.ops.xattn_ops.merge_fwd.default, (x, None, *enhance, *sizes))
+    arguments = (None, grad, x, None, *enhance, *sizes)
+    torch.library.opcheck(torch.ops.xattn_ops.merge_bwd.default, arguments)
+    assert torch.ops.xattn_ops.merge_fwd(x, None, *enhance, *sizes)[0].shape == (2, 0, 8)
+    assert torch.ops.xattn_ops.merge_bwd(*arguments)[1].shape == (0,)
+
+
+@native
+@pytest.mark.parametrize("absent", [0, 1], ids=["enhanced", "digests"])
+def test_opcheck_with_one_gradient_alone(absent: int) -> None:
+    _, tensors, sizes = leaf_arguments("merge")
+    grads: list[Any] = SMALL["merge"].grad_outs(torch.float32)
+    grads[absent] = None
+    torch.library.opcheck(torch.ops.xattn_ops.merge_bwd.default, (*grads, *tensors, *sizes))
 
 
 @native
@@ -244,6 +266,10 @@ def test_checkpoint_recomputes_the_same(op: str, backend: str) -> None:
         ),
         # 2 images x 16 tokens x 19 keys x 8 channels; 2 products, then 5
         pytest.param(digest.SMALL, 4 * 2 * 16 * 19 * 8, 10 * 2 * 16 * 19 * 8, id="digest"),
+        # 2 images x 8 channels: 4 digests under 49 weights, 40 pixels under 9; twice that backward
+        pytest.param(
+            merge.SMALL, 4 * 8 * (4 * 49 + 40 * 9), 2 * 4 * 8 * (4 * 49 + 40 * 9), id="merge"
+        ),
     ],
 )
 def test_flops(case: Case, forward: int, backward: int) -> None:
@@ -269,6 +295,8 @@ def test_flops(case: Case, forward: int, backward: int) -> None:
         pytest.param(clsattn.SMALL, id="clsattn"),
         pytest.param(digest.SMALL, id="digest"),
         pytest.param(digest.digest(2, (3, 5), 2, 4), id="digest_without_digests"),
+        pytest.param(merge.SMALL, id="merge"),
+        pytest.param(merge.merge(2, (5, 7), 8, window=None), id="merge_without_a_merge"),
     ],
 )
 def test_flops_are_those_of_the_reference(case: Case) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import digest
+from support import digest, merge
 from support.cases import Case, assert_same, backends, native, present, total
 from support.operators import (
     MODULES,
@@ -65,6 +65,9 @@ MAPPED = [
     pytest.param("digest", ["qkv", "digest_kv"], id="digest_activations"),
     pytest.param("digest", ["bias_table", "digest_bias"], id="digest_weights"),
     pytest.param("digest", ["qkv", "digest_kv", "digest_bias"], id="digest_both"),
+    pytest.param("merge", ["x"], id="merge_activation"),
+    pytest.param("merge", ["merge_weight", "enhance_bias"], id="merge_weights"),
+    pytest.param("merge", ["x", "enhance_weight"], id="merge_both"),
 ]
 
 
@@ -105,10 +108,16 @@ def test_vmap_twice(op: str, backend: str) -> None:
 
 
 @backends
-def test_vmap_without_digests(backend: str) -> None:
-    case = digest.digest(2, (3, 5), 2, 4)
-    function, _ = positional(case, backend=backend)
-    tensors, dims = mapped(case, ["qkv"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(digest.digest(2, (3, 5), 2, 4), id="digest_without_digests"),
+        pytest.param(merge.merge(2, (3, 5), 4, window=None), id="merge_without_a_merge"),
+    ],
+)
+def test_vmap_without_optional_activations_and_weights(case: Case, backend: str) -> None:
+    function, names = positional(case, backend=backend)
+    tensors, dims = mapped(case, names[:1])
     got = torch.vmap(function, tuple(dims))(*tensors)
     torch.testing.assert_close(got, by_loop(function, tensors, dims))
 
@@ -140,7 +149,9 @@ def test_vmap_dropout(op: str, backend: str, randomness: str) -> None:
 @operators
 @backends
 def test_func_grad_and_functional_call(op: str, backend: str) -> None:
-    module, x = MODULES[op](backend=backend).double().eval(), torch.randn(2, 5, 8, 8).double()
+    """In eval mode: a batch norm in training moves its statistics, which torch.func forbids."""
+    module = MODULES[op](backend=backend).double().eval()
+    x = torch.randn(2, 5, 8, 8).double()
     parameters = dict(module.named_parameters())
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:

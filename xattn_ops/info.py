@@ -21,6 +21,7 @@ from xattn_ops import (
     digest_attention,
     explain,
     inner_patch_attention,
+    token_merge_enhance,
 )
 from xattn_ops._version import __version__
 
@@ -101,6 +102,7 @@ def _samples(device: str) -> list[tuple[Callable[..., Any], tuple[Any, ...], dic
         (conv_position_encoding, (tokens, kernel), {"grid": (1, 1)}),
         (cls_cross_attention, (token, token, *[one, None] * 3), {"num_heads": 1}),
         (digest_attention, (qkv[:, 0],), {"num_heads": 1, "grid": (1, 7)}),
+        (token_merge_enhance, (tokens, kernel, kernel), {"grid": (1, 2)}),
     ]
 
 

@@ -6,7 +6,8 @@ no formulation pays for padding that it would not need.
 
 ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
-digest, cabvit      CabViT's operator, and its blocks
+digest, merge       CabViT's
+cabvit              its blocks
 clsattn             CrossViT's
 modules             our modules with the official formulations inside, for blocks and whole models
 plain               what they share
@@ -37,6 +38,7 @@ from xattn_ops.benchmarks.baselines.ipsa import (
     relative_index,
     sdpa_core,
 )
+from xattn_ops.benchmarks.baselines.merge import merge_eager, merge_nhwc
 from xattn_ops.benchmarks.baselines.modules import (
     PlainClsCross,
     PlainConvPosition,
@@ -49,7 +51,7 @@ from xattn_ops.benchmarks.baselines.modules import (
     plain_linears,
     with_linears,
 )
-from xattn_ops.benchmarks.baselines.plain import Plain, compiled
+from xattn_ops.benchmarks.baselines.plain import Plain, Several, compiled
 
 __all__ = [
     "CLS_EPS",
@@ -63,6 +65,7 @@ __all__ = [
     "PlainConvRelative",
     "PlainCrossPatch",
     "PlainInnerPatch",
+    "Several",
     "attend_eager",
     "attend_sdpa",
     "cls_absorbed",
@@ -84,6 +87,8 @@ __all__ = [
     "ipsa_dense",
     "ipsa_table",
     "linears_of",
+    "merge_eager",
+    "merge_nhwc",
     "offset_index",
     "plain_copy",
     "plain_linears",

@@ -9,7 +9,7 @@ ipsa, cpsa          CAT's operators
 convrel, convpos    CoaT's
 clsattn             CrossViT's
 patched             timm's models before and after our patch
-digest              CabViT's
+digest, merge       CabViT's
 whole               blocks and models
 """
 
@@ -27,14 +27,17 @@ from xattn_ops.benchmarks.cases.convrel import convrel_case, convrel_module_case
 from xattn_ops.benchmarks.cases.cpsa import cpsa_case
 from xattn_ops.benchmarks.cases.digest import digest_case
 from xattn_ops.benchmarks.cases.ipsa import ipsa_case, ipsa_module_case
+from xattn_ops.benchmarks.cases.merge import merge_case
 from xattn_ops.benchmarks.cases.patched import check_timm, is_timm, timm_case
 from xattn_ops.benchmarks.cases.shapes import (
     CABVIT,
+    CABVIT_MERGE,
     CAT_SMALL,
     COAT,
     COAT_SMALL_SCALES,
     CROSSVIT_15,
     Grid,
+    Merge,
     Stage,
     Tokens,
     WithDigests,
@@ -60,6 +63,7 @@ __all__ = [
     "TIMM",
     "Case",
     "Grid",
+    "Merge",
     "OnGrid",
     "Stage",
     "Tokens",
@@ -82,6 +86,7 @@ BUILDERS: dict[str, Callable[[Any, int, torch.dtype, str], Case]] = {
     "coat_block": coat_block_case,
     "digest": digest_case,
     "cabvit_block": cabvit_block_case,
+    "merge": merge_case,
     "clsattn": clsattn_case,
 }
 SHAPES: dict[str, tuple[Any, ...]] = {
@@ -95,6 +100,7 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "coat_block": COAT_SMALL_SCALES,
     "digest": CABVIT,
     "cabvit_block": CABVIT,
+    "merge": CABVIT_MERGE,
     "clsattn": CROSSVIT_15,
 }
 # argument of the command -> the cases, blocks and models that go with it
@@ -104,6 +110,7 @@ OPERATORS = {
     "convrel": ("convrel", "convrel_module"),
     "convpos": ("convpos",),
     "digest": ("digest",),
+    "merge": ("merge",),
     "clsattn": ("clsattn",),
 }
 BLOCKS = {
@@ -112,6 +119,7 @@ BLOCKS = {
     "convrel": "coat_block",
     "convpos": "coat_block",
     "digest": "cabvit_block",
+    "merge": "cabvit_block",
 }
 _OF_COAT = ("coat_lite_small", "coat_mini")
 MODELS = {
@@ -120,6 +128,7 @@ MODELS = {
     "convrel": _OF_COAT,
     "convpos": _OF_COAT,
     "digest": ("cabvit_h_l2",),
+    "merge": ("cabvit_h_l2",),
     "clsattn": ("crossvit_15",),
 }
 TIMM = ("swin_tiny_patch4_window7_224", "coat_lite_small", "crossvit_15_240")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xattn_ops.benchmarks import baselines
-from xattn_ops.benchmarks.baselines import Plain
+from xattn_ops.benchmarks.baselines import Plain, Several
 from xattn_ops.benchmarks.options import DIRECTIONS
 
 FORWARD, STEP = DIRECTIONS
@@ -20,20 +20,26 @@ FORWARD, STEP = DIRECTIONS
 class Variant:
     """One way to compute a case. Leaves correspond, in order, between the variants of a case."""
 
-    function: Plain
+    function: Plain | Several
     arguments: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
     within: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def forward(self) -> Tensor:
+    def forward(self) -> tuple[Tensor, ...]:
+        """Every output."""
         with torch.no_grad(), self.within():
-            return self.function(*self.arguments)
+            return self._outputs()
 
-    def step(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Output and the gradient of every leaf."""
+    def step(self, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Every output and, of these gradients of theirs, the gradient of every leaf."""
         with self.within():
-            out = self.function(*self.arguments)
-            return (out.detach(), *torch.autograd.grad(out, self.leaves, grad))
+            outputs = self._outputs()
+            gradients = torch.autograd.grad(outputs, self.leaves, grads)
+            return (*(out.detach() for out in outputs), *gradients)
+
+    def _outputs(self) -> tuple[Tensor, ...]:
+        out = self.function(*self.arguments)
+        return (out,) if isinstance(out, Tensor) else out
 
     def compiled(self) -> Variant:
         return replace(self, function=baselines.compiled(self.function))
@@ -87,13 +93,15 @@ class Maker:
         return values.requires_grad_(self.requires_grad)
 
 
-def oracle(function: Plain, operands: tuple[Tensor, ...]) -> Variant:
+def oracle(function: Plain | Several, operands: tuple[Tensor, ...]) -> Variant:
     """`function` on float64 copies of the operands."""
     exact = tuple(t.detach().double().requires_grad_() for t in operands)
     return Variant(function, exact, exact)
 
 
-def on(operands: tuple[Tensor, ...], *, compile: str = "eager", **functions: Plain) -> Variants:
+def on(
+    operands: tuple[Tensor, ...], *, compile: str = "eager", **functions: Plain | Several
+) -> Variants:
     """The functions as variants on the same operands, all of which are leaves.
 
     compile: which of them is a variant once more, under torch.compile: the one that gains most.

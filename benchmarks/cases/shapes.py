@@ -135,3 +135,34 @@ CABVIT = (
     WithDigests(7, 7, 32, 10, 1),  # stage 4, its last
     WithDigests(28, 28, 32, 6, 5),  # stage 3 at 448 pixels
 )
+
+
+@dataclass(frozen=True)
+class Merge(OfAnImage):
+    """Tokens of one stage of CabViT, and the window and stride that make digests of them."""
+
+    channels: int
+    window: int = 7
+    stride: int = 4
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def digests(self) -> int:
+        return -(-self.height // self.stride) * -(-self.width // self.stride)
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.channels}"
+
+
+CABVIT_MERGE = (
+    Merge(14, 14, 192),  # stage 3 of CabViT-H-L1
+    Merge(14, 14, 320),  # and of L2 and L3
+    Merge(7, 7, 320),  # stage 4 of L1
+)

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import torch
 
 from xattn_ops.benchmarks import cases, runner
-from xattn_ops.benchmarks.cases import FORWARD, Case, Grid, Stage, Tokens, WithDigests
+from xattn_ops.benchmarks.cases import FORWARD, Case, Grid, Merge, Stage, Tokens, WithDigests
 from xattn_ops.benchmarks.roofline import Roofline
 from xattn_ops.benchmarks.timing import Timing
 
@@ -18,7 +18,8 @@ TINY = Stage(6, 9, 8, 2, window=(3, 3))
 TINY_GRID = Grid(5, 6, 4, heads=3, prefix=2, windows=((3, 1), (5, 2)))
 TINY_DIGESTS = WithDigests(5, 6, 4, heads=3, earlier=2)
 TINY_TOKENS = Tokens(11, 12, 3)
-SHAPES = (TINY, TINY_GRID, TINY_TOKENS, TINY_DIGESTS)
+TINY_MERGE = Merge(5, 6, 7, window=5, stride=2)
+SHAPES = (TINY, TINY_GRID, TINY_TOKENS, TINY_DIGESTS, TINY_MERGE)
 
 
 def tiny(operator: str, direction: str = FORWARD, dtype: torch.dtype = torch.float32) -> Case:

@@ -6,7 +6,7 @@ W the softmax of s Y X^T, dO the gradient of the result:
   dX = dS^T Y + dY A^T + U B^T           dA = X^T dY   da = sum dY        dB = X^T U     db = sum dO
 and the gradients of the four weights follow from dA, da, dB, db. Of a single token W is 1.
 
-Up to 16 tokens are taken from the map: 9 and more as in the forward, fewer as one matrix of 64
+Up to 16 tokens are taken from the map: 9 and more as in the forward, fewer as one matrix of 32
 rows. More do not fit the registers as a matrix a warp: they are copied into rows first, from which
 all warps take one matrix. float32 has matrix instructions only as tf32; without them these kernels
 would live in local memory, and the direct form serves.
@@ -38,6 +38,7 @@ from .triton_planes import (
 )
 
 LARGEST_TILE = 64  # tokens
+FEW_ROWS = 32  # of the matrix that channels of few tokens share; more would spill on sm_80
 PROGRAMS = 512  # each stores a share of the gradients of A and B
 
 
@@ -231,16 +232,16 @@ class Cut(NamedTuple):
 def _cut(tokens: int, dtype: torch.dtype) -> Cut | None:
     """None where `triton_direct` is to serve."""
     short = dtype.itemsize == 2
-    rows = LARGEST_TILE if short else LARGEST_TILE // 2  # what shared memory of 99 KiB holds
+    most = LARGEST_TILE if short else LARGEST_TILE // 2  # what shared memory of 99 KiB holds
     multiplies = short or _triton.precision(dtype) == "tf32"
-    if tokens > rows or not (multiplies or tokens == 1):
+    if tokens > most or not (multiplies or tokens == 1):
         return None
     if tokens > ROWS:
-        return Cut(rows // tokens, rows, tokens, 1, True)
+        return Cut(most // tokens, most, tokens, 1, True)
     of = tile(tokens, dtype)
     if of.queries == ROWS and short:
         return Cut(of.channels, ROWS, ROWS, of.matrices, False)
-    return Cut(rows // of.queries, of.queries, of.queries, 1, False)
+    return Cut(FEW_ROWS // of.queries, of.queries, of.queries, 1, False)
 
 
 def _absorbed(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._batch_norm import BatchNorm1d
 from .merge_interface import token_merge_enhance
 
 
@@ -51,7 +52,7 @@ class TokenMergeEnhance(nn.Module):
         self.backend = backend
         self.dw_conv = _depthwise(dim, window, stride) if merge else None
         # Over rows of channels, which is what tokens are.
-        norm = nn.BatchNorm1d(dim)
+        norm = BatchNorm1d(dim)
         self.local_conv = nn.Sequential(OrderedDict(c=_depthwise(dim, enhance_window, 1), bn=norm))
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
