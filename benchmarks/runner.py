@@ -174,7 +174,7 @@ def _running(
 ) -> dict[str, Callable[[], object]]:
     """The plain formulations that run; the others go to `skipped`."""
     plain = {}
-    for name, variant in case.plain.items():
+    for name, variant in case.baselines().items():
         if not settings.compile and ("compile" in name or name == "flex"):
             skipped[name] = "left out"
             continue

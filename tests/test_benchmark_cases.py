@@ -17,7 +17,7 @@ from xattn_ops import (
     _linear,
 )
 from xattn_ops.benchmarks import baselines, cases
-from xattn_ops.benchmarks.cases import FORWARD, OnGrid
+from xattn_ops.benchmarks.cases import FORWARD, STEP, OnGrid
 from xattn_ops.clsattn import cls_cross_attention_reference
 from xattn_ops.convrel import (
     conv_position_encoding_reference,
@@ -305,3 +305,24 @@ def test_every_case_of_the_command_can_be_built():
     for models in cases.MODELS.values():
         for name in models:
             cases.check_model(name)
+
+
+@pytest.mark.parametrize("direction", [FORWARD, STEP])
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_short_formats_are_also_compared_with_float32(operator, direction):
+    """Many processors multiply them slowly; a user would take float32 there and round."""
+    case = tiny(operator, direction, torch.bfloat16)
+    variant = case.baselines()["float32"]
+    grads = [torch.ones_like(out) for out in variant.forward()]
+    results = variant.forward() if direction == FORWARD else variant.step(grads)
+    exact = case.oracle.forward() if direction == FORWARD else case.oracle.step(grads)
+    for result, wanted in zip(results, exact, strict=True):
+        assert result.dtype == torch.bfloat16
+        # a rounding to bfloat16, or of float32 where the exact gradient is zero
+        torch.testing.assert_close(result.double(), wanted, rtol=0.01, atol=1e-5)
+    assert "float32" not in tiny(operator, direction).baselines()
+
+
+def test_parameters_inside_a_module_keep_their_dtype():
+    case = tiny("cab", dtype=torch.bfloat16)
+    assert case.baselines() is case.plain

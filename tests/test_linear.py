@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from xattn_ops import _linear
+from xattn_ops import _linear, _onednn
 from xattn_ops._linear import linear, mlp
 
 HAS_ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -115,16 +115,16 @@ def test_without_gradients_the_same_numbers(path, activation):
 )
 def test_mlp_matches_float64(path, monkeypatch, rows, k, hidden, n, keep):
     monkeypatch.setattr(_linear, "KEEP_ELEMENTS", keep)
-    monkeypatch.setattr(_linear, "CHUNK_ELEMENTS", 20_000)
+    monkeypatch.setattr(_onednn, "CHUNK_ELEMENTS", 20_000)
     compare(mlp, plain_mlp, mlp_inputs(rows, k, hidden, n))
     compare(mlp, plain_mlp, mlp_inputs(rows, k, hidden, n)[:5])
 
 
 @needs_onednn
 def test_mlp_without_gradients_in_chunks(onednn, monkeypatch):
-    monkeypatch.setattr(_linear, "CHUNK_ELEMENTS", 2_000)
+    monkeypatch.setattr(_onednn, "CHUNK_ELEMENTS", 2_000)
     inputs = [t.detach() for t in mlp_inputs((3, 211), 24, 40, 24)]
-    assert len(_linear._chunks(633, 40)) > 3
+    assert len(_onednn._chunks(633, 40)) > 3
     torch.testing.assert_close(mlp(*inputs), plain_mlp(*inputs), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mlp(*inputs[:5]), plain_mlp(*inputs[:5]), rtol=1e-5, atol=1e-5)
 
@@ -310,6 +310,29 @@ def test_other_dtypes(path, dtype, grad):
         assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slow_formats_are_multiplied_in_float32(monkeypatch, dtype):
+    """One rounding, of the result; gradients and second derivatives come in the dtype that came."""
+    monkeypatch.setattr(_linear, "SLOW_DTYPES", frozenset({dtype}))
+    inputs = [t.detach().to(dtype).requires_grad_() for t in mlp_inputs((4, 6), 8, 12, 8)]
+    wide = [t.detach().float().requires_grad_() for t in inputs]
+    for function, count in ((mlp, 6), (lambda *a: linear(*a, "gelu"), 3)):
+        ours, exact = function(*inputs[:count]), function(*wide[:count])
+        assert torch.equal(ours, exact.to(dtype))
+        grads = torch.autograd.grad(ours.sum(), inputs[:count], create_graph=True)
+        wanted = torch.autograd.grad(exact.sum(), wide[:count])
+        assert all(torch.equal(g, w.to(dtype)) for g, w in zip(grads, wanted, strict=True))
+
+
+def test_slow_formats_under_autocast_and_mixed(monkeypatch):
+    monkeypatch.setattr(_linear, "SLOW_DTYPES", frozenset({torch.bfloat16}))
+    x, w = torch.randn(4, 6), torch.randn(8, 6).bfloat16()
+    with pytest.raises(RuntimeError, match="dtype"):  # as F.linear has it
+        linear(x, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, w), F.linear(x, w))
+
+
 def test_autocast(path):
     x, w, b = linear_inputs((4, 6), 8, 12)
     with torch.autocast("cpu", torch.bfloat16):
@@ -367,3 +390,14 @@ def test_environment_chooses(value, expected):
         check=True,
     )
     assert expected in run.stdout + run.stderr
+
+
+def test_environment_leaves_slow_formats_to_torch():
+    run = subprocess.run(
+        [sys.executable, "-c", "from xattn_ops import _linear; print(len(_linear.SLOW_DTYPES))"],
+        env={**os.environ, "XATTN_LINEAR": "torch"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "0\n"

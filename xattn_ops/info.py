@@ -75,7 +75,9 @@ def _built() -> list[str]:
     if _library.unknown_isa():
         lines.append(f"XATTN_ISA={_library.unknown_isa()} is not available here and was ignored")
     chosen = "oneDNN" if _linear.PREFER_ONEDNN else "torch's own (F.linear)"
-    return [*lines, f"float32 linears of the models on the CPU: {chosen}"]
+    lines.append(f"float32 linears of the models on the CPU: {chosen}")
+    slow = sorted(str(dtype).removeprefix("torch.") for dtype in _linear.SLOW_DTYPES)
+    return [*lines, *(f"{dtype} linears there: in float32, rounded" for dtype in slow)]
 
 
 def _backends() -> list[str]:

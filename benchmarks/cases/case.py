@@ -44,6 +44,16 @@ class Variant:
     def compiled(self) -> Variant:
         return replace(self, function=baselines.compiled(self.function))
 
+    def in_float32(self) -> Variant:
+        """The same on float32 copies of the arguments, results rounded to the dtype that came."""
+
+        def function(*arguments: Tensor) -> Tensor | tuple[Tensor, ...]:
+            dtype = arguments[0].dtype
+            out = self.function(*(t.float() for t in arguments))
+            return out.to(dtype) if isinstance(out, Tensor) else tuple(t.to(dtype) for t in out)
+
+        return replace(self, function=function)
+
 
 Variants = dict[str, Variant]
 
@@ -64,6 +74,18 @@ class Case:
     dense_bytes: int  # what an attention matrix of all units would take; 0 where it makes no sense
     tokens: int  # of one image; 0 where it makes no sense
     apart: tuple[str, ...] = ()  # plain ones that nobody writes, reported beside the best of others
+
+    def baselines(self) -> Variants:
+        """The plain formulations, and for short formats on the CPU the first one in float32 too:
+        many processors multiply those formats slowly, and a user would know.
+
+        Not where parameters lie inside the function: they keep their dtype.
+        """
+        first = next(iter(self.plain.values()))
+        inside = {id(leaf) for leaf in first.leaves} - {id(t) for t in first.arguments}
+        if self.device != "cpu" or self.dtype.itemsize != 2 or inside:
+            return self.plain
+        return {**self.plain, "float32": first.in_float32()}
 
     @property
     def device(self) -> str:
