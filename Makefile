@@ -20,8 +20,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(READY)
 	$(BIN)/python -m xattn_ops demo $(ARGS)
 
+# A process for each core, with one thread each: busy cores would only wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m xattn_ops bench --blocks --models $(ARGS)

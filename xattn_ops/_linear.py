@@ -139,7 +139,7 @@ def linear(
         raise ValueError(f"activation is {activation!r}; allowed are None and 'gelu'")
     _check_shapes("weight", x, weight, bias)
     if _takes_float32(x, weight, bias):
-        return _in_float32(lambda *wide: linear(*wide, activation), x, weight, bias)
+        return _in_float32(lambda x, w, b: linear(x, w, b, activation), x, weight, bias)
     if not _takes_onednn(x, weight, bias):
         y = F.linear(x, weight, bias)
         return F.gelu(y) if activation else y

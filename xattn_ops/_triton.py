@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _tuning
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax in powers of two: exp(x) = exp2(x * LOG2E)
 
@@ -91,8 +93,15 @@ def launch(
         _record.append(Launch(kernel, programs, warps, stages, arguments))
         return
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
+
+    def run(shape: _tuning.Shape) -> None:
+        kernel[(programs,)](**arguments, num_warps=shape[0], num_stages=shape[1])
+
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages)
+        shape = (warps, stages)
+        if first.is_cuda and _tuning.wanted():
+            shape = _tuning.best(kernel, programs, arguments, shape, run, first.device)
+        run(shape)
 
 
 @contextmanager
