@@ -1,5 +1,5 @@
-"""Build of the native libraries: `xattn_ops._C`, every CPU kernel file once per instruction set, and
-`xattn_ops._C_cuda`, every CUDA kernel file for all architectures at once.
+"""Build of the native libraries: `xattn_ops._C`, every kernel file of the CPU once per instruction
+set, and `xattn_ops._C_cuda`, every CUDA file once for all architectures.
 
 A missing compiler or a failed compilation does not fail the installation: the package then runs on
 its PyTorch references and says so. Environment:

@@ -65,8 +65,10 @@ static Cell* cell_of(uintptr_t p) {
 void mark_given(const void* begin, size_t bytes, Given how) {
   const auto first = reinterpret_cast<uintptr_t>(begin);
   for (uintptr_t p = first; p < first + bytes; p += kGranule) {
-    std::unique_ptr<Page>& page = pages[p / kPageBytes];
-    if (page == nullptr) page = std::make_unique<Page>();
+    Page* page = find_page(p / kPageBytes);
+    if (page == nullptr) {
+      page = (pages[p / kPageBytes] = std::make_unique<Page>()).get();
+    }
     Cell& cell = (*page)[p % kPageBytes / kGranule];
     if ((cell.flags & kAllocated) == 0) {
       cell = {};
