@@ -203,12 +203,14 @@ static std::string describe(Wrong wrong, const Cell& cell) {
         place(pc).c_str());
 }
 
+// Null where it is nobody's business. The emulator's own memory may share a page with a tensor's.
 static Cell* checked_cell(const void* p, uintptr_t at) {
   static Cell nowhere;
-  nowhere = {};
   Cell* cell = cell_of(at);
-  if (cell == nullptr) return private_memory(p) ? nullptr : &nowhere;
-  return cell;
+  if (cell != nullptr && (cell->flags & kAllocated) != 0) return cell;
+  if (private_memory(p)) return nullptr;
+  nowhere = {};
+  return &nowhere;
 }
 
 void check(const void* p, size_t bytes, bool write, const void* pc) {
