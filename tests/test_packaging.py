@@ -105,7 +105,7 @@ runpy.run_path("setup.py", run_name="__main__")
     ("wanted", "said", "succeeds"),
     [
         pytest.param("auto", "no CUDA kernels: ", True, id="auto"),
-        pytest.param("0", "no CUDA kernels: XATTN_BUILD_CUDA says so", True, id="never"),
+        pytest.param("0", "no CUDA kernels: they are not wanted", True, id="never"),
         pytest.param("1", "build stopped", False, id="always"),
     ],
 )
@@ -118,14 +118,14 @@ def test_a_failing_nvcc(wanted: str, said: str, succeeds: bool, tmp_path: Path) 
     environment = {"XATTN_BUILD_CUDA": wanted, "CUDA_HOME": str(tmp_path / "cuda")}
     done = subprocess.run(
         [sys.executable, "-c", BESIDE_CUDA, str(tmp_path / "out")],
-        env=os.environ | {"XATTN_BUILD_NATIVE": "1"} | environment,
+        env=os.environ | {"XATTN_BUILD_NATIVE": "0"} | environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
     assert said in done.stdout + done.stderr
-    assert [path.name for path in tmp_path.glob("out/xattn_ops/*.so")][:1] == ["_C.abi3.so"]
+    assert not list(tmp_path.glob("out/xattn_ops/*.so"))
 
 
 def test_no_cuda_kernels_beside_a_torch_without_cuda(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_no_cuda_kernels_beside_a_torch_without_cuda(tmp_path: Path) -> None:
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")
     command = (sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path)
-    said = run(*command, XATTN_BUILD_NATIVE="1", XATTN_BUILD_CUDA="auto")
+    said = run(*command, XATTN_BUILD_NATIVE="0", XATTN_BUILD_CUDA="auto")
     assert "no CUDA kernels: this torch has no CUDA" in said
 
 
