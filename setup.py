@@ -5,8 +5,8 @@ A missing compiler or a failed compilation does not fail the installation: the p
 its PyTorch references and says so. Environment:
 
 XATTN_BUILD_NATIVE  0 skips the native build, 1 makes its failure an error (default: try)
-XATTN_BUILD_CUDA    the same for the CUDA kernels, which are tried where torch has CUDA; 1 builds them
-                    beside any torch (default: 0 where XATTN_BUILD_NATIVE is 0)
+XATTN_BUILD_CUDA    the same for the CUDA kernels, which are tried where torch has CUDA; 1 builds
+                    them beside any torch (default: 0 where XATTN_BUILD_NATIVE is 0)
 XATTN_CUDA_ARCHS    their architectures, as "8.0 9.0+PTX"; +PTX adds what newer cards can compile
 MAX_JOBS            compilations at a time (default: all cores)
 CXX                 the C++ compiler (default: c++)
