@@ -36,57 +36,58 @@ def library() -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin else None
 
 
+def kernels(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Architecture -> mangled name of each kernel -> what cuobjdump says of its resources."""
+    text = _run("cuobjdump", "--dump-resource-usage", path)
+    parts = re.split(r"arch = (sm_\d+\w?)", text)[1:]
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for architecture, body in zip(parts[::2], parts[1::2], strict=True):
+        for name, line in re.findall(r"Function (\S+):\n(.*)", body):
+            numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", line)}
+            found.setdefault(architecture, {})[name] = numbers
+    return found
+
+
 def figures(path: Path, architectures: Collection[str]) -> list[CudaFigures]:
     """Every kernel in a library for each of these architectures that it was built for."""
-    usage = _run("cuobjdump", "--dump-resource-usage", path)
     rows = []
-    for architecture, functions in _sections(usage, r"Function (\S+):\n(.*)"):
+    for architecture, of_one in kernels(path).items():
         if architecture not in architectures:
             continue
         matrix = _matrix_instructions(path, architecture)
-        for mangled, text in functions:
-            number = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
-            kernel = _readable(mangled)
+        for name, (mangled, numbers) in zip(readable(of_one), of_one.items(), strict=True):
             rows.append(
                 CudaFigures(
-                    kernel=kernel,
+                    kernel=name,
                     architecture=architecture,
-                    dtype=next((DTYPES[t] for t in re.findall(r"\w+", kernel) if t in DTYPES), ""),
-                    registers=number["REG"],
-                    stack=number["STACK"],
-                    shared=number["SHARED"],
+                    dtype=next((DTYPES[t] for t in re.findall(r"\w+", name) if t in DTYPES), ""),
+                    registers=numbers["REG"],
+                    stack=numbers["STACK"],
+                    shared=numbers["SHARED"],
                     matrix=matrix.get(mangled, 0),
                 )
             )
-    return sorted(rows, key=lambda row: (row.kernel, int(row.architecture[3:])))
+    return sorted(rows, key=lambda row: (row.kernel, int(row.architecture[3:].rstrip("a"))))
 
 
 def _matrix_instructions(path: Path, architecture: str) -> dict[str, int]:
     """How many there are in each kernel, by its mangled name."""
-    code = _run("cuobjdump", "-sass", "-arch", architecture, path)
-    parts = re.split(r"Function : (\S+)", code)[1:]
+    parts = re.split(r"Function : (\S+)", _run("cuobjdump", "-sass", "-arch", architecture, path))
     return {
-        name: len(re.findall(r"\bHMMA\b|\bHGMMA\b|\bUTCHMMA\b", body))
-        for name, body in zip(parts[::2], parts[1::2], strict=True)
+        name: len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", body))
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
     }
 
 
-def _sections(text: str, function: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(architecture, what `function` finds) of each binary that cuobjdump lists."""
-    parts = re.split(r"arch = (sm_\d+\w?)", text)[1:]
-    return [
-        (architecture, re.findall(function, body))
-        for architecture, body in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
-def _readable(mangled: str) -> str:
-    """`operator::kernel<arguments>`, or the mangled name where nothing demangles it."""
+def readable(mangled: Collection[str]) -> list[str]:
+    """`operator::kernel<arguments>` of each, or the mangled name where nothing demangles it."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
-        return mangled
-    name = subprocess.run([tool, mangled], capture_output=True, text=True, check=True).stdout
-    return short_name(name.strip())
+        return list(mangled)
+    lines = subprocess.run(
+        [tool], input="\n".join(mangled), capture_output=True, text=True, check=True
+    ).stdout
+    return [short_name(line) for line in lines.splitlines()]
 
 
 def short_name(demangled: str) -> str:
