@@ -81,7 +81,10 @@ def kernel_sources() -> list[Path]:
 
 def cuda_sources() -> list[Path]:
     """Files compiled by nvcc."""
-    return sorted([*CSRC.glob("common/*.cu"), *CSRC.glob("*/*_cuda.cu")])
+    return [
+        CSRC / "library_cuda.cu",
+        *sorted([*CSRC.glob("common/*.cu"), *CSRC.glob("*/*_cuda.cu")]),
+    ]
 
 
 def torch_paths() -> tuple[list[str], str]:
@@ -143,13 +146,13 @@ def native_build(target: Path, build_dir: Path) -> str:
     return build.link(target, f"$cxx -shared {libraries}")
 
 
-def cuda_home() -> Path:
-    """The folder of the CUDA toolkit."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1]]
-    for home in [*homes, "/usr/local/cuda"]:
-        if home and Path(home, "bin", "nvcc").exists():
-            return Path(home)
+def find_nvcc() -> Path:
+    """The compiler of the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME")
+    on_path = shutil.which("nvcc")
+    for nvcc in (home and Path(home, "bin", "nvcc"), on_path, "/usr/local/cuda/bin/nvcc"):
+        if nvcc and Path(nvcc).exists():
+            return Path(nvcc)
     raise FileNotFoundError("no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set")
 
 
@@ -172,22 +175,21 @@ def cuda_codes(archs: str) -> list[str]:
 
 def cuda_build(target: Path, build_dir: Path) -> str:
     """The build of `_C_cuda`. It names no CUDA library of torch, so that any torch will do."""
-    home, (includes, torch_lib) = cuda_home(), torch_paths()
+    includes, torch_lib = torch_paths()
     build = NinjaFile(build_dir)
     compiler = f"-ccbin {os.environ['CXX']}" if "CXX" in os.environ else ""
     build.lines += [
-        f"nvcc = {escape(home / 'bin' / 'nvcc')} {compiler}",
+        f"nvcc = {escape(find_nvcc())} {compiler}",
         "rule compile_cuda",
         "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
-    host = [*COMMON_FLAGS, *HOST_DEFINES, *includes, f"-I{home / 'include'}"]
-    build.compile(CSRC / "library_cuda.cpp", host, "host")
     codes = cuda_codes(os.environ.get("XATTN_CUDA_ARCHS") or CUDA_ARCHS)
     for source in cuda_sources():
-        flags = [*NVCC_FLAGS, *codes, *HOST_DEFINES, *includes]
-        build.compile(source, flags, "cuda", "compile_cuda")
+        build.compile(
+            source, [*NVCC_FLAGS, *codes, *HOST_DEFINES, *includes], "cuda", "compile_cuda"
+        )
     return build.link(target, f"$nvcc -shared -cudart=static -L{torch_lib} -ltorch_cpu -lc10")
 
 

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.cuda_library import cuda_library, needs_nvcc
+from support.cuda_library import CUDA_ARCHS, cuda_library, needs_nvcc
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +46,7 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
 def build_wheel(source: Path, out: Path, native: bool, cuda: bool = False) -> Path:
     flags = ("--no-build-isolation", "--no-deps", "--no-index", "-w", out)
     built = {"XATTN_BUILD_NATIVE": str(int(native)), "XATTN_BUILD_CUDA": str(int(cuda))}
+    built |= CUDA_ARCHS
     run(sys.executable, "-m", "pip", "wheel", source, *flags, **built)
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -114,7 +115,6 @@ def test_a_failing_nvcc(wanted: str, said: str, succeeds: bool, tmp_path: Path) 
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     nvcc.chmod(0o755)
-    (tmp_path / "cuda" / "include").mkdir()
     environment = {"XATTN_BUILD_CUDA": wanted, "CUDA_HOME": str(tmp_path / "cuda")}
     done = subprocess.run(
         [sys.executable, "-c", BESIDE_CUDA, str(tmp_path / "out")],

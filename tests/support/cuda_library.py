@@ -23,13 +23,20 @@ def has_nvcc() -> bool:
 needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="needs nvcc, of a CUDA toolkit")
 
 
+# All architectures are made from the same intermediate code (see setup.py), so these two show what
+# there is to see; for the others CI has no time.
+ARCHITECTURES = ("sm_80", "sm_90")
+CUDA_ARCHS = {"XATTN_CUDA_ARCHS": "8.0 9.0"}
+
+
 @functools.cache
 def cuda_library() -> Path:
-    """Built for every architecture, beside whatever torch is there; only what changed."""
+    """Built beside whatever torch is there; only what changed."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(BUILD)]
-    environment = {k: v for k, v in os.environ.items() if k != "XATTN_CUDA_ARCHS"}
-    environment |= {"XATTN_BUILD_NATIVE": "0", "XATTN_BUILD_CUDA": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    wanted = {"XATTN_BUILD_NATIVE": "0", "XATTN_BUILD_CUDA": "1"} | CUDA_ARCHS
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | wanted, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (library,) = BUILD.glob("xattn_ops/_C_cuda*.so")
     return library

@@ -2,8 +2,6 @@
 // under the schemas of library.cpp; it is loaded under a CUDA torch alone.
 #include <Python.h>
 
-#include <cuda_runtime_api.h>
-
 // A version of CUDA as CUDA gives it, 13000 for 13.0; 0 where there is none.
 template <cudaError_t (*kGet)(int*)>
 static PyObject* version(PyObject*, PyObject*) {
