@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2)
       to[half] = row_of(a, a.grad_qkv, w, place, 3 * a.channels(), head * a.head_dim);
       padding[half] = place.padding;
     }
-    const float scale[2] = {a.scale, a.scale}, one[2] = {1, 1};
+    const float scale[2] = {a.scale, a.scale};
     float sums[kD / 8][4] = {};
 #pragma unroll
     for (int t = 0; t < kTile / 16; ++t) {
@@ -139,10 +139,9 @@ __global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2)
       }
       T* const behind[2] = {to[0] ? to[0] + which * a.channels() : nullptr,
                             to[1] ? to[1] + which * a.channels() : nullptr};
-      store_rows<T, kD>(a, column_sums, which == 1 ? scale : one, behind);
-      if (a.pad_parts) {
-        shared->pads.add(which - 1, column_sums, which == 1 ? a.scale : 1.0f, padding);
-      }
+      const float f = which == 1 ? a.scale : 1.0f, factor[2] = {f, f};
+      store_rows<T, kD>(a, column_sums, factor, behind);
+      if (a.pad_parts) shared->pads.add(which - 1, column_sums, f, padding);
     }
     w = next;
   }

@@ -53,7 +53,7 @@ struct Statistics {
 
 // A block takes one tile of queries of one head and window; grid: windows x tiles x heads.
 template <class T>
-__global__ void __launch_bounds__(kThreads) backward_rows(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, 2) backward_rows(const Args<T> a) {
   constexpr int kD = kChunk<T>;
   SHARED_DYNAMIC(TilePair<T>, pair);
   const int head = blockIdx.x % a.heads, tiles = a.tiles();
