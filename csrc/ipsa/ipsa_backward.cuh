@@ -16,17 +16,16 @@ template <class T, int kD, int kN>
 struct BackwardShared {
   static constexpr int kWeightStride = kTile + 8;
   T stages[kStages<T, kD>][4][kTileSize<kD>];  // q, k, v, dO
-  T weights[kTile][kWeightStride];         // P m
-  T gradients[kTile][kWeightStride];       // dS
-  float bias[kN][kThreads][4];             // each thread's own values
+  T weights[kTile][kWeightStride];             // P m
+  T gradients[kTile][kWeightStride];           // dS
+  float bias[kN][kThreads][4];                 // each thread's own values
   PadSums<kD> pads;
 };
 
 // A block takes one head through a run of windows of at most 8 kN tokens; grid: runs x heads. The
 // gradient of the bias stays in registers.
 template <class T, int kD, int kN>
-__global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2)
-    backward_windows(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2) backward_windows(const Args<T> a) {
   using Shared = BackwardShared<T, kD, kN>;
   constexpr int kWeightStride = Shared::kWeightStride;
   SHARED_DYNAMIC(Shared, shared);
@@ -36,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2)
 
   RowLoader<T, kD> loader(a, head);
   const Token loaded = token_at(a, loader.row());
-  const auto load = [&](const Window& w, T (*stage)[kTileSize<kD>]) {
+  const auto load = [&](const Window& w, T(*stage)[kTileSize<kD>]) {
     loader.find(w, place_of(a, w, loaded));
     for (int which = 0; which < 3; ++which) loader.load_qkv(which, stage[which]);
     loader.load_grad(stage[3]);
@@ -93,8 +92,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2)
     exponentials(p, highest, total);
     const float inverse[2] = {1 / total[0], 1 / total[1]};
     multiply_rows<T, kD>(ds, grad + first_row * kRowStride<kD>, v);
-    const uint32_t keep =
-        keep_bits(a.dropout, w.index * a.heads + head, first_row, 0, a.tokens());
+    const uint32_t keep = keep_bits(a.dropout, w.index * a.heads + head, first_row, 0, a.tokens());
     drop(a.dropout, keep, ds);
     logit_gradients(p, inverse, ds);
 #pragma unroll

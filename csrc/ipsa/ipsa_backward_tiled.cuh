@@ -1,6 +1,6 @@
-// Backward of inner-patch attention for any windows and heads, in three kernels: rows (statistics of
-// the softmax, gradient of q), columns (gradients of k and v), and the bias. ipsa_backward.cuh has
-// the equations. Each computes the scores tile by tile, channels going by kChunk.
+// Backward of inner-patch attention for any windows and heads, in three kernels: rows (statistics
+// of the softmax, gradient of q), columns (gradients of k and v), and the bias. ipsa_backward.cuh
+// has the equations. Each computes the scores tile by tile, channels going by kChunk.
 #pragma once
 
 #include "ipsa_gradients.cuh"

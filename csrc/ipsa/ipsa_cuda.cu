@@ -42,20 +42,17 @@ void check(const Inputs& in) {
   const auto like_qkv = [&](const std::optional<Tensor>& t, std::vector<int64_t> sizes) {
     if (!t.has_value()) return true;
     const auto have = t->sizes();
-    return dtype_of(*t) == dtype_of(qkv) &&
-           std::vector<int64_t>(have.begin(), have.end()) == sizes;
+    return dtype_of(*t) == dtype_of(qkv) && std::vector<int64_t>(have.begin(), have.end()) == sizes;
   };
   const int64_t bins = (2 * o.window_h - 1) * (2 * o.window_w - 1);
   STD_TORCH_CHECK(like_qkv(in.bias_table, {bins, o.heads}),
                   "ipsa: bias_table must be [(2h-1)(2w-1), heads] of the map's dtype");
   STD_TORCH_CHECK(like_qkv(in.pad_qkv, {qkv.size(3)}), "ipsa: pad_qkv must be [3C] of qkv's dtype");
+  STD_TORCH_CHECK(like_qkv(in.grad_out, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}),
+                  "ipsa: grad_out must have the shape and dtype of the output");
   STD_TORCH_CHECK(
-      like_qkv(in.grad_out, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}),
-      "ipsa: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(
-      !(o.dropout_p > 0) ||
-          (in.seed.has_value() && in.seed->numel() == 1 &&
-           in.seed->scalar_type() == torch::headeronly::ScalarType::Long),
+      !(o.dropout_p > 0) || (in.seed.has_value() && in.seed->numel() == 1 &&
+                             in.seed->scalar_type() == torch::headeronly::ScalarType::Long),
       "xattn_ops: dropout needs `seed`, one int64");
 }
 
@@ -123,8 +120,7 @@ Args<T> make_args(CudaCall& call, const Inputs& in, bool wide) {
 }
 
 constexpr size_t kSharedOfAnyCard = 99 * 1024;
-constexpr int64_t kBlocks = 4096;   // of runs: some ten for every place on a large card
-
+constexpr int64_t kBlocks = 4096;  // of runs: some ten for every place on a large card
 
 // Cuts the windows into runs of one block each, by sizes alone, so that sums come out the same
 // everywhere; returns how many. each: blocks that go through a run.
@@ -183,13 +179,13 @@ void launch_forward(CudaCall& call, Args<T> a) {
 Tensor ipsa_fwd(Tensor qkv, std::optional<Tensor> bias_table, std::optional<Tensor> pad_qkv,
                 std::optional<Tensor> seed, int64_t heads, int64_t window_h, int64_t window_w,
                 int64_t shift_h, int64_t shift_w, double scale, double dropout_p) {
-  Inputs in{qkv, bias_table, pad_qkv, seed, std::nullopt,
-            {heads, window_h, window_w, shift_h, shift_w, scale, dropout_p}};
+  Inputs in{qkv,  bias_table,   pad_qkv,
+            seed, std::nullopt, {heads, window_h, window_w, shift_h, shift_w, scale, dropout_p}};
   check(in);
   CudaCall call(in.qkv);
   const bool wide = prepare(in);
-  Tensor out = call.empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3},
-                          qkv.scalar_type());
+  Tensor out =
+      call.empty({qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}, qkv.scalar_type());
   for_storage(dtype_of(qkv), [&](auto value) {
     using T = decltype(value);
     Args<T> a = make_args<T>(call, in, wide);
@@ -242,8 +238,8 @@ Parts launch_backward(CudaCall& call, Args<T> a) {
   const int64_t runs =
       cut_into_runs(a, each, std::min<int64_t>(kBlocks, kLargestParts / Parts::bins(a)));
   parts.allocate(call, a, runs * tiles);
-  Tensor statistics = call.empty({a.windows * a.heads, 2, tiles * kTile},
-                                 torch::headeronly::ScalarType::Float);
+  Tensor statistics =
+      call.empty({a.windows * a.heads, 2, tiles * kTile}, torch::headeronly::ScalarType::Float);
   a.statistics = static_cast<float*>(call.write(statistics));
   static_assert(sizeof(BiasShared<T>) <= kSharedOfAnyCard);  // the largest of the three
   static_assert(sizeof(ColumnsShared<T>) <= sizeof(BiasShared<T>));
@@ -261,8 +257,8 @@ std::tuple<Tensor, Tensor, Tensor> ipsa_bwd(Tensor grad_out, Tensor qkv,
                                             std::optional<Tensor> seed, int64_t heads,
                                             int64_t window_h, int64_t window_w, int64_t shift_h,
                                             int64_t shift_w, double scale, double dropout_p) {
-  Inputs in{qkv, bias_table, pad_qkv, seed, grad_out,
-            {heads, window_h, window_w, shift_h, shift_w, scale, dropout_p}};
+  Inputs in{qkv,  bias_table, pad_qkv,
+            seed, grad_out,   {heads, window_h, window_w, shift_h, shift_w, scale, dropout_p}};
   check(in);
   CudaCall call(in.qkv);
   const bool wide = prepare(in);

@@ -16,8 +16,7 @@ constexpr size_t kForwardShared = kStages<T, kD> * 3 * kTileSize<kD> * sizeof(T)
 // A block takes one head through a run of windows of at most 8 kN tokens; grid: runs x heads. The
 // bias stays in registers.
 template <class T, int kD, int kN>
-__global__ void __launch_bounds__(kThreads, kD <= 32 ? 4 : 3)
-    forward_windows(const Args<T> a) {
+__global__ void __launch_bounds__(kThreads, kD <= 32 ? 4 : 3) forward_windows(const Args<T> a) {
   SHARED_DYNAMIC(T, stages);  // [kStages][q, k, v]
   const int head = blockIdx.x % a.heads;
   const int64_t first = blockIdx.x / a.heads * a.block_run;

@@ -1,5 +1,6 @@
-// What is added to the logits (bias of the relative position, the shift's mask), and the softmax and
-// the dropout of the weights, in the order in which the lanes of a warp hold them (ipsa_tile.cuh).
+// What is added to the logits (bias of the relative position, the shift's mask), and the softmax
+// and the dropout of the weights, in the order in which the lanes of a warp hold them
+// (ipsa_tile.cuh).
 #pragma once
 
 #include "ipsa_tile.cuh"
@@ -32,7 +33,7 @@ XATTN_DEVICE void window_bias(const Args<T>& a, int head, float (&bias)[kN][4]) 
 
 // Which keys of a window of one tile are strangers to a lane's queries, where seams run through it.
 struct ShiftMask {
-  uint32_t around_y, around_x;  // bit 2 n + e % 2: the key goes around a seam in y, in x
+  uint32_t around_y, around_x;      // bit 2 n + e % 2: the key goes around a seam in y, in x
   uint32_t query_y[2], query_x[2];  // all bits: the query does
   bool real[2];  // a query that only fills the tile sees everything, lest its row be empty
 
@@ -77,7 +78,8 @@ XATTN_DEVICE uint32_t keep_bits(const Dropout& dropout, uint64_t unit, int first
                                 int first_key, int tokens) {
   if (dropout.seed == nullptr) return ~0u;
   const auto seed = static_cast<uint64_t>(*dropout.seed);
-  const int mine = lane_row(0) & 3;  // of the places (query half, key) = (0, 0), (0, 1), (1, 0), ...
+  const int mine =
+      lane_row(0) & 3;  // of the places (query half, key) = (0, 0), (0, 1), (1, 0), ...
   const int query = first_query + lane_row(mine / 2), key = first_key + lane_column() + mine % 2;
   uint32_t bits = 0;
 #pragma unroll 1
