@@ -90,11 +90,10 @@ __global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2) backward_windows(c
     float highest[2], total[2];
     row_max(p, highest);
     exponentials(p, highest, total);
-    const float inverse[2] = {1 / total[0], 1 / total[1]};
     multiply_rows<T, kD>(ds, grad + first_row * kRowStride<kD>, v);
     const uint32_t keep = keep_bits(a.dropout, w.index * a.heads + head, first_row, 0, a.tokens());
     drop(a.dropout, keep, ds);
-    logit_gradients(p, inverse, ds);
+    logit_gradients<T>(p, total, ds);
 #pragma unroll
     for (int e = 0; e < 4 * kN; ++e) bias_sums[e / 4][e % 4] += ds[e / 4][e % 4];
     drop(a.dropout, keep, p);

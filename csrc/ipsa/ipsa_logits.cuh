@@ -158,17 +158,18 @@ XATTN_DEVICE void drop(const Dropout& dropout, uint32_t keep, float (&weights)[k
   }
 }
 
-// From exponentials p and the gradients ds of the weights: the weights, and the logits' gradients.
-template <int kN>
-XATTN_DEVICE void logit_gradients(float (&p)[kN][4], const float (&inverse)[2],
-                                  float (&ds)[kN][4]) {
+// From exponentials p with their sums, and the gradients ds of the weights: the weights, and the
+// logits' gradients. Short types forgive the rounding of an inverse.
+template <class T, int kN>
+XATTN_DEVICE void logit_gradients(float (&p)[kN][4], const float (&total)[2], float (&ds)[kN][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const float inverse = 1 / total[half];
     float delta = 0;
 #pragma unroll
     for (int i = 0; i < 2 * kN; ++i) {
       float& weight = p[i / 2][2 * half + i % 2];
-      weight *= inverse[half];
+      weight = kIsShort<T> ? weight * inverse : weight / total[half];
       delta += weight * ds[i / 2][2 * half + i % 2];
     }
     delta = quad_sum(delta);
