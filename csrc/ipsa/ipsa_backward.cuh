@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 32 ? 3 : 2) backward_windows(c
     for (int n = 0; n < kN; ++n) {
       const auto bias = *reinterpret_cast<const Pack<float, 4>*>(shared->bias[n][threadIdx.x]);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) p[n][e] = p[n][e] * (a.scale * kLog2e) + bias.v[e];
+      for (int e = 0; e < 4; ++e) p[n][e] = p[n][e] * a.scale + bias.v[e];
     }
     mask.apply(seams(a, w), p);
     float highest[2], total[2];

@@ -39,15 +39,18 @@ struct TilePair {
   }
 };
 
+// Of each query, [tokens of the tiles]. Apart, maximum and sum lose nothing to large logits.
 template <class T>
 struct Statistics {
-  float* lse;    // [tokens of the tiles]: log2 of the sum of a query's exponentials
-  float* delta;  // the product of its weights with their gradients
+  float* highest;  // its largest logit
+  float* inverse;  // 1 / the sum of its exponentials above that
+  float* delta;    // the product of its weights with their gradients
 
   XATTN_DEVICE Statistics(const Args<T>& a, int64_t unit) {
     const int64_t edge = a.tiles() * kTile;
-    lse = a.statistics + unit * 2 * edge;
-    delta = lse + edge;
+    highest = a.statistics + unit * 3 * edge;
+    inverse = highest + edge;
+    delta = inverse + edge;
   }
 };
 
@@ -87,20 +90,21 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows(const Args<T> a) {
       for (int i = 0; i < kTile / 4; ++i) {
         product += s[i / 2][2 * half + i % 2] * dp[i / 2][2 * half + i % 2];
       }
-      const float before = ptx::exp2(highest[half] - level[half]);
+      const float before = exp_above(highest[half], level[half]);
       highest[half] = above[half];
       total[half] = total[half] * before + tile_total[half];
       delta[half] = delta[half] * before + quad_sum(product);
     }
   }
   const Statistics<T> statistics(a, unit);
-  float lse[2];
+  float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    lse[half] = highest[half] + log2f(total[half]);
-    delta[half] /= total[half];
+    inverse[half] = 1 / total[half];
+    delta[half] *= inverse[half];
     if (lane_column() == 0) {
-      statistics.lse[first_query + lane_row(half)] = lse[half];
+      statistics.highest[first_query + lane_row(half)] = highest[half];
+      statistics.inverse[first_query + lane_row(half)] = inverse[half];
       statistics.delta[first_query + lane_row(half)] = delta[half];
     }
   }
@@ -122,7 +126,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows(const Args<T> a) {
       for (int i = 0; i < kTile / 2; ++i) {
         const int half = i % 4 / 2;
         float& ds = dp[i / 4][i % 4];
-        ds = ptx::exp2(s[i / 4][i % 4] - lse[half]) * (ds - delta[half]);
+        const float p = exp_above(s[i / 4][i % 4], highest[half]) * inverse[half];
+        ds = p * (ds - delta[half]);
       }
 #pragma unroll
       for (int t = 0; t < kTile / 16; ++t) {
@@ -175,11 +180,12 @@ __global__ void __launch_bounds__(kThreads) backward_columns(const Args<T> a) {
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n) {
           const int at = first_query + n * 8 + lane_column();
-          const auto lse = *reinterpret_cast<const Pack<float, 2>*>(statistics.lse + at);
+          const auto highest = *reinterpret_cast<const Pack<float, 2>*>(statistics.highest + at);
+          const auto inverse = *reinterpret_cast<const Pack<float, 2>*>(statistics.inverse + at);
           const auto delta = *reinterpret_cast<const Pack<float, 2>*>(statistics.delta + at);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            p[n][e] = ptx::exp2(p[n][e] - lse.v[e % 2]);
+            p[n][e] = exp_above(p[n][e], highest.v[e % 2]) * inverse.v[e % 2];
             ds[n][e] = p[n][e] * (ds[n][e] - delta.v[e % 2]);
           }
         }
@@ -247,12 +253,14 @@ __global__ void __launch_bounds__(kThreads) backward_bias(const Args<T> a) {
       drop(a.dropout, keep_bits(a.dropout, unit, first_query, key_tile * kTile, a.tokens()), dp);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float lse = statistics.lse[first_query + lane_row(half)];
+        const float highest = statistics.highest[first_query + lane_row(half)];
+        const float inverse = statistics.inverse[first_query + lane_row(half)];
         const float delta = statistics.delta[first_query + lane_row(half)];
 #pragma unroll
         for (int j = 0; j < kTile / 4; ++j) {
           const int n = j / 2, e = 2 * half + j % 2;
-          sums[n][e] += ptx::exp2(s[n][e] - lse) * (dp[n][e] - delta);
+          const float p = exp_above(s[n][e], highest) * inverse;
+          sums[n][e] += p * (dp[n][e] - delta);
         }
       }
     }

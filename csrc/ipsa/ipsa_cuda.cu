@@ -239,7 +239,7 @@ Parts launch_backward(CudaCall& call, Args<T> a) {
       cut_into_runs(a, each, std::min<int64_t>(kBlocks, kLargestParts / Parts::bins(a)));
   parts.allocate(call, a, runs * tiles);
   Tensor statistics =
-      call.empty({a.windows * a.heads, 2, tiles * kTile}, torch::headeronly::ScalarType::Float);
+      call.empty({a.windows * a.heads, 3, tiles * kTile}, torch::headeronly::ScalarType::Float);
   a.statistics = static_cast<float*>(call.write(statistics));
   static_assert(sizeof(BiasShared<T>) <= kSharedOfAnyCard);  // the largest of the three
   static_assert(sizeof(ColumnsShared<T>) <= sizeof(BiasShared<T>));

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kD <= 32 ? 4 : 3) forward_windows(co
     multiply_rows<T, kD>(s, q + first_row * kRowStride<kD>, k);
 #pragma unroll
     for (int e = 0; e < 4 * kN; ++e) {
-      s[e / 4][e % 4] = s[e / 4][e % 4] * (a.scale * kLog2e) + bias[e / 4][e % 4];
+      s[e / 4][e % 4] = s[e / 4][e % 4] * a.scale + bias[e / 4][e % 4];
     }
     mask.apply(seams(a, w), s);
     float highest[2], total[2];
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_tiled(const Args<T> a) {
       drop(a.dropout, keep_bits(a.dropout, unit, first_query, key_tile * kTile, a.tokens()), s);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float before = ptx::exp2(highest[half] - level[half]);
+        const float before = exp_above(highest[half], level[half]);
         highest[half] = above[half];
         total[half] = total[half] * before + tile_total[half];
 #pragma unroll

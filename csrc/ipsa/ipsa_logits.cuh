@@ -7,12 +7,12 @@
 
 namespace xattn::ipsa_cuda {
 
-// The bias of a query and a key, given their codes, times log2(e).
+// The bias of a query and a key, given their codes.
 template <class T>
 XATTN_DEVICE float bias_of(const Args<T>& a, int head, int query_code, int key_code) {
   if (a.bias_table == nullptr) return 0.0f;
   const int64_t bin = query_code - key_code + code_centre(a);
-  return to_float(a.bias_table[bin * a.heads + head]) * kLog2e;
+  return to_float(a.bias_table[bin * a.heads + head]);
 }
 
 // The bias of one lane's values in a window of one tile; kNever for keys beyond the window.
@@ -131,7 +131,13 @@ XATTN_DEVICE void row_max(const float (&s)[kN][4], float (&highest)[2]) {
   }
 }
 
-// s = 2^(s - level), and its sum over each row.
+// e^(s - level). The product with s is not rounded, however large s is; that with the level is, but
+// alike for a whole row, so that the softmax cancels it.
+XATTN_DEVICE float exp_above(float s, float level) {
+  return ptx::exp2(fmaf(s, kLog2e, -level * kLog2e));
+}
+
+// s = e^(s - level), and its sum over each row.
 template <int kN>
 XATTN_DEVICE void exponentials(float (&s)[kN][4], const float (&level)[2], float (&total)[2]) {
 #pragma unroll
@@ -140,7 +146,7 @@ XATTN_DEVICE void exponentials(float (&s)[kN][4], const float (&level)[2], float
 #pragma unroll
     for (int i = 0; i < 2 * kN; ++i) {
       float& weight = s[i / 2][2 * half + i % 2];
-      weight = ptx::exp2(weight - level[half]);
+      weight = exp_above(weight, level[half]);
       sum += weight;
     }
     total[half] = quad_sum(sum);

@@ -33,7 +33,7 @@ struct Args {
   const T* grad_out;
   int64_t grad_out_stride[3];
   T* grad_qkv;        // contiguous
-  float* statistics;  // [windows, heads, 2, tiles * kTile], of windows of several tiles
+  float* statistics;  // [windows, heads, 3, tiles * kTile], of windows of several tiles
   float* bias_parts;  // [parts, bins, heads], or null
   float* pad_parts;   // [parts, 3, heads, head_dim], or null
 

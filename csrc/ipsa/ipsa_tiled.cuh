@@ -43,7 +43,7 @@ XATTN_DEVICE void wait_for_copies() {
   __syncthreads();
 }
 
-// The logits times log2(e) of a warp's 16 rows, from products of q and k; kNever for strangers and
+// The logits of a warp's 16 rows, from products of q and k; kNever for strangers and
 // beyond the window. Rows are queries, or, if kKeysAreRows, keys.
 template <bool kKeysAreRows, class T>
 XATTN_DEVICE void finish_logits(const Args<T>& a, int head, const TileTokens& rows,
@@ -62,7 +62,7 @@ XATTN_DEVICE void finish_logits(const Args<T>& a, int head, const TileTokens& ro
       if (key < 0 || (query >= 0 && row_region != columns.region[column])) {
         logit = kNever;
       } else {  // queries that only fill the tile see every key, lest their rows be empty
-        logit = logit * (a.scale * kLog2e) + (query < 0 ? 0.0f : bias_of(a, head, query, key));
+        logit = logit * a.scale + (query < 0 ? 0.0f : bias_of(a, head, query, key));
       }
     }
   }
