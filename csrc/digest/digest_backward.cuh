@@ -25,7 +25,7 @@ XATTN_DEVICE RowState row_state(const Args& a, int64_t unit, int token) {
 
 // delta and dQ: one pass over all keys each.
 template <class L>
-__global__ void __launch_bounds__(kThreads) digest_backward_rows(const Args a) {
+__global__ void __launch_bounds__(kThreads, L::kBlocks) digest_backward_rows(const Args a) {
   using T = typename L::Value;
   using M = Memory<L, 2>;
   using R = typename M::R;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) digest_backward_rows(const Args a) {
       }
       if (turn + 1 < 2 * tiles) keys.issue(t + 1 < tiles ? t + 1 : 0, (turn + 1) % L::kStages);
     }
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < L::kColumns; step += kStep) {
       if (step >= at.count) break;
       float x[2][kStepTiles][4];  // logits, then P; g, then dS
@@ -162,7 +162,8 @@ struct QueryColumns {
 // dK, dV of 64 keys and, of digests, the sums of their bias. Products are taken transposed: keys
 // are rows, so that weights are the left side of the next product where they are.
 template <class L>
-__global__ void __launch_bounds__(kThreads) digest_backward_columns(const Args a) {
+__global__ void __launch_bounds__(kThreads, L::kWidth > 32 ? 2 : L::kBlocks)
+    digest_backward_columns(const Args a) {
   using T = typename L::Value;
   using M = Memory<L, 2>;
   using R = typename M::R;
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) digest_backward_columns(const Args a
       }
       if (t + 1 < tiles) queries.issue(t + 1);
     }
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < L::kColumns; step += kStep) {
       if (first + step >= a.tokens) break;
       float x[2][kStepTiles][4];  // logits, then P m; g, then dS

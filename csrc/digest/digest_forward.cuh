@@ -44,7 +44,7 @@ struct Softmax {
 };
 
 template <class L>
-__global__ void __launch_bounds__(kThreads) digest_forward(const Args a) {
+__global__ void __launch_bounds__(kThreads, L::kBlocks) digest_forward(const Args a) {
   using T = typename L::Value;
   using M = Memory<L, 1>;
   using R = typename M::R;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) digest_forward(const Args a) {
       if (t == 0) load_left<L>(query, memory->rows[0]);
       if (t + 1 < tiles) keys.issue(t + 1, (t + 1) % L::kStages);
     }
-#pragma unroll
+#pragma unroll 1
     for (int step = 0; step < L::kColumns; step += kStep) {
       if (step >= at.count) break;
       float x[1][kStepTiles][4];

@@ -7,6 +7,12 @@
 
 namespace xattn::digest_cuda {
 
+// Fewer columns at once: rows are loaded anew for every image, too.
+template <class L>
+struct TableLayout : L {
+  static constexpr int kColumns = kStep;
+};
+
 template <class L>
 struct alignas(16) TableMemory {
   using T = typename L::Value;
@@ -147,7 +153,7 @@ struct TableTile {
 };
 
 template <class L>
-__global__ void __launch_bounds__(kThreads) digest_backward_table(const Args a) {
+__global__ void __launch_bounds__(kThreads, L::kFast ? 3 : 2) digest_backward_table(const Args a) {
   using T = typename L::Value;
   using M = TableMemory<L>;
   using R = Relative<T, L::kFast>;
@@ -156,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) digest_backward_table(const Args a) 
   const int head = blockIdx.x % a.heads, part = blockIdx.x / a.heads;
   const int group = part % a.query_groups, share = part / a.query_groups;
   const int patches = a.grid_h * a.grid_w, tiles = ceil_div(a.tokens, kRows);
-  float* bins = a.table_parts + static_cast<int64_t>(blockIdx.x / a.heads * a.heads + head) * patches;
+  float* const bins = a.table_parts + static_cast<int64_t>(blockIdx.x) * patches;
   for (int i = threadIdx.x; i < patches; i += kThreads) bins[i] = 0;
   const R relative(a, head, memory->table());
   const int64_t begin = a.batch * share / a.shares, end = a.batch * (share + 1) / a.shares;

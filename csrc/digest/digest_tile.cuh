@@ -72,6 +72,8 @@ struct Layout {
   static constexpr int kTiles = kWidth / 8;  // of a product's result
   static constexpr int kColumns = kFast && kIsShort<T> ? 64 : kStep;  // loaded at once
   static constexpr int kStages = kFast ? 2 : 1;
+  // Of a multiprocessor, which leave a thread 128, 168 or 255 registers.
+  static constexpr int kBlocks = !kFast || !kIsShort<T> ? 2 : kWidth == 32 ? 4 : 3;
   static_assert(kWidth % 16 == 0 && kColumns % kStep == 0);
 };
 
