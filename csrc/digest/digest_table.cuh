@@ -153,7 +153,8 @@ struct TableTile {
 };
 
 template <class L>
-__global__ void __launch_bounds__(kThreads, L::kFast ? 3 : 2) digest_backward_table(const Args a) {
+__global__ void __launch_bounds__(kThreads, kIsShort<typename L::Value> && L::kFast ? 3 : 2)
+    digest_backward_table(const Args a) {
   using T = typename L::Value;
   using M = TableMemory<L>;
   using R = Relative<T, L::kFast>;

@@ -27,7 +27,7 @@ XATTN_DEVICE Values<T> gather_digests(const Pixels<T, kFast>& digests, const Tap
 }
 
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kThreads) merge_input_gradient(const Args a) {
+__global__ void __launch_bounds__(kThreads, 3) merge_input_gradient(const Args a) {
   SHARED_DYNAMIC(T, slab);
   const Block block(a);
   const int group = block.group * kGroup<T>;
@@ -225,7 +225,7 @@ XATTN_DEVICE Values<T> sum_of_area(const Pixels<T, kFast>& grads, const Area& ar
 
 // Grid: groups of channels x shares of images and their tiles.
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kThreads) merge_weight_gradients(const Args a) {
+__global__ void __launch_bounds__(kThreads, 2) merge_weight_gradients(const Args a) {
   SHARED_DYNAMIC(T, slab);
   const int64_t share = blockIdx.x / a.groups;
   const int index = blockIdx.x % a.groups, group = index * kGroup<T>;

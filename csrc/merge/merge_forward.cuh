@@ -23,7 +23,7 @@ XATTN_DEVICE float* behind(T* slab, int pixels) {
 }
 
 template <class T, bool kFast>
-__global__ void __launch_bounds__(kThreads) merge_forward(const Args a) {
+__global__ void __launch_bounds__(kThreads, 3) merge_forward(const Args a) {
   SHARED_DYNAMIC(T, slab);
   const Block block(a);
   const int group = block.group * kGroup<T>;
