@@ -18,8 +18,8 @@ struct RowState {
 };
 XATTN_DEVICE RowState row_state(const Args& a, int64_t unit, int token) {
   if (token >= a.tokens) return {-kLowest, 0};  // such a row has no weights
-  const auto stats = *reinterpret_cast<const Pack<float, 2>*>(
-      a.row_stats + 2 * (unit * a.tokens + token));
+  const auto stats =
+      *reinterpret_cast<const Pack<float, 2>*>(a.row_stats + 2 * (unit * a.tokens + token));
   return {stats.v[0], stats.v[1]};
 }
 
@@ -149,8 +149,8 @@ struct QueryColumns {
   }
   XATTN_DEVICE void reload(int first, int chunk) const {
     __syncthreads();
-    load_rows<L, L::kColumns>(memory->columns[0][0],
-                              image.queries(first).chunk(chunk, L::kWidth), a.vector);
+    load_rows<L, L::kColumns>(memory->columns[0][0], image.queries(first).chunk(chunk, L::kWidth),
+                              a.vector);
     load_rows<L, L::kColumns>(memory->columns[0][1], image.grads(first).chunk(chunk, L::kWidth),
                               a.vector);
     ptx::cp_async_commit();
@@ -222,13 +222,11 @@ __global__ void __launch_bounds__(kThreads, L::kWidth > 32 ? 2 : L::kBlocks)
       } else {
         __syncthreads();
         queries.mark(first, 0);
-        multiply_chunks<L, 2>(x, {key_rows, value_rows},
-                              {image.queries(first), image.grads(first)}, memory->rows,
-                              memory->columns[0], a);
+        multiply_chunks<L, 2>(x, {key_rows, value_rows}, {image.queries(first), image.grads(first)},
+                              memory->rows, memory->columns[0], a);
         if (a.chunks > 1) queries.reload(first, chunk);
       }
-      logits_by_key(x[0], a, relative, places, mine.digests, biases,
-                    memory->places[stage] + step);
+      logits_by_key(x[0], a, relative, places, mine.digests, biases, memory->places[stage] + step);
 #pragma unroll
       for (int n = 0; n < kStepTiles; ++n) {
         float factor[4] = {1, 1, 1, 1};

@@ -45,10 +45,9 @@ struct DigestCall {
     if (digest_kv_in.has_value()) set_digests(*digest_kv_in);
     set_biases();
     args.scale = static_cast<float>(o.scale);
-    STD_TORCH_CHECK(
-        o.dropout_p == 0 || (seed.has_value() && seed->numel() == 1 &&
-                             seed->scalar_type() == ScalarType::Long),
-        "digest: dropout needs `seed`, one int64");
+    STD_TORCH_CHECK(o.dropout_p == 0 || (seed.has_value() && seed->numel() == 1 &&
+                                         seed->scalar_type() == ScalarType::Long),
+                    "digest: dropout needs `seed`, one int64");
     args.dropout = make_dropout(cuda.read(seed), o.dropout_p);
   }
 
@@ -87,9 +86,9 @@ struct DigestCall {
   void set_sizes(const Tensor& t, const Options& o) {
     STD_TORCH_CHECK(o.heads > 0 && t.size(2) > 0 && t.size(2) % (3 * o.heads) == 0,
                     "digest: num_heads must divide the channels");
-    STD_TORCH_CHECK(
-        o.grid_h > 0 && o.grid_w > 0 && o.prefix >= 0 && t.size(1) == o.prefix + o.grid_h * o.grid_w,
-        "digest: qkv must have num_prefix_tokens + grid_h * grid_w tokens");
+    STD_TORCH_CHECK(o.grid_h > 0 && o.grid_w > 0 && o.prefix >= 0 &&
+                        t.size(1) == o.prefix + o.grid_h * o.grid_w,
+                    "digest: qkv must have num_prefix_tokens + grid_h * grid_w tokens");
     STD_TORCH_CHECK(t.size(1) <= INT32_MAX && t.size(2) <= INT32_MAX,
                     "digest: more than 2^31 tokens or channels");
     args.batch = t.size(0);
@@ -140,8 +139,8 @@ std::tuple<Tensor, Tensor> digest_fwd(Tensor qkv, MaybeTensor digest_kv, MaybeTe
   DigestCall call(qkv, digest_kv, bias_table, digest_bias, seed,
                   {heads, grid_h, grid_w, prefix, scale, dropout_p});
   Args& a = call.args;
-  Tensor out = call.cuda.empty({a.batch, a.tokens, int64_t{a.heads} * a.head_dim},
-                               qkv.scalar_type());
+  Tensor out =
+      call.cuda.empty({a.batch, a.tokens, int64_t{a.heads} * a.head_dim}, qkv.scalar_type());
   Tensor row_stats = call.cuda.empty({a.batch, a.heads, a.tokens, 2}, ScalarType::Float);
   if (call.empty()) return {out, row_stats};
   a.out = call.cuda.write(out);
@@ -150,8 +149,8 @@ std::tuple<Tensor, Tensor> digest_fwd(Tensor qkv, MaybeTensor digest_kv, MaybeTe
       a.batch * a.heads * ceil_div(a.tokens, kRows),
       [&](auto layout) { return memory_bytes<decltype(layout), 1>(a); },
       [&](auto layout, dim3 grid, size_t shared) {
-        call.cuda.launch(digest_cuda::digest_forward<decltype(layout)>, grid,
-                         digest_cuda::kThreads, shared, a);
+        call.cuda.launch(digest_cuda::digest_forward<decltype(layout)>, grid, digest_cuda::kThreads,
+                         shared, a);
       });
   return {out, row_stats};
 }
@@ -174,8 +173,8 @@ Tensor table_gradient(DigestCall& call) {
       },
       [&](auto layout, dim3 grid, size_t shared) {
         using L = digest_cuda::TableLayout<decltype(layout)>;
-        call.cuda.launch(digest_cuda::digest_backward_table<L>, dim3(grid.x),
-                         digest_cuda::kThreads, shared, a);
+        call.cuda.launch(digest_cuda::digest_backward_table<L>, dim3(grid.x), digest_cuda::kThreads,
+                         shared, a);
       });
   return sum_parts(call.cuda, parts, call.qkv.scalar_type());
 }
@@ -237,10 +236,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> digest_bwd(
     a.digest_parts = static_cast<float*>(call.cuda.write(digest_parts));
   }
   launch_backward(call);
-  return {grad_qkv, grad_digest_kv,
-          bias_table.has_value() ? table_gradient(call) : zeros(bias_table),
-          a.digest_bias != nullptr ? sum_parts(call.cuda, digest_parts, dtype)
-                                   : zeros(digest_bias)};
+  return {
+      grad_qkv, grad_digest_kv, bias_table.has_value() ? table_gradient(call) : zeros(bias_table),
+      a.digest_bias != nullptr ? sum_parts(call.cuda, digest_parts, dtype) : zeros(digest_bias)};
 }
 
 }  // namespace

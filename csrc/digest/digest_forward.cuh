@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, L::kBlocks) digest_forward(const Arg
     inverse[half] = sum == 0 ? 0 : 1 / sum;  // a sum of 0: every logit was -inf
     if (lane_id() % 4 == 0 && chunk == 0 && first + lane_row(half) < a.tokens) {
       const int64_t row = block.unit(a) * a.tokens + first + lane_row(half);
-      *reinterpret_cast<Pack<float, 2>*>(a.row_stats + 2 * row) = {
-          {softmax.top[half], inverse[half]}};
+      *reinterpret_cast<Pack<float, 2>*>(a.row_stats +
+                                         2 * row) = {{softmax.top[half], inverse[half]}};
     }
   }
   const int64_t stride = a.channels();

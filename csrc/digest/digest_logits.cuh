@@ -147,8 +147,7 @@ struct Keep {
 #pragma unroll
     for (int x = 0; x < 4; ++x) {
       // To the lane x away its word of my counter; from it mine of its counter, element mine ^ x.
-      const uint32_t word =
-          __shfl_xor_sync(kWholeWarp, select(words, mine ^ x), x * 4);
+      const uint32_t word = __shfl_xor_sync(kWholeWarp, select(words, mine ^ x), x * 4);
       const float value = keep_weight(dropout, word);
 #pragma unroll
       for (int e = 0; e < 4; ++e) factor[e] = (mine ^ x) == e ? value : (x == 0 ? 0 : factor[e]);

@@ -153,7 +153,7 @@ struct TableTile {
 };
 
 template <class L>
-__global__ void __launch_bounds__(kThreads, kIsShort<typename L::Value> && L::kFast ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kIsShort<typename L::Value>&& L::kFast ? 3 : 2)
     digest_backward_table(const Args a) {
   using T = typename L::Value;
   using M = TableMemory<L>;
@@ -173,10 +173,14 @@ __global__ void __launch_bounds__(kThreads, kIsShort<typename L::Value> && L::kF
   for (int tile = tile_begin; tile < tile_end; ++tile) {
     for (int first_key = 0; first_key < a.tokens; first_key += kStep) {
       const int first = tile * kRows;
-      const TableTile<L> pair{
-          a, relative, memory, head, first, first_key,
-          {relative.query(min(first + lane_row(0), a.tokens - 1)),
-           relative.query(min(first + lane_row(1), a.tokens - 1))}};
+      const TableTile<L> pair{a,
+                              relative,
+                              memory,
+                              head,
+                              first,
+                              first_key,
+                              {relative.query(min(first + lane_row(0), a.tokens - 1)),
+                               relative.query(min(first + lane_row(1), a.tokens - 1))}};
       __syncthreads();
       if (threadIdx.x < kStep) {
         memory->places[threadIdx.x] =

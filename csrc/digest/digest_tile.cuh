@@ -69,7 +69,7 @@ struct Layout {
   using Value = T;
   static constexpr bool kFast = kFast_;
   static constexpr int kWidth = kWidth_, kStride = kWidth + 8;
-  static constexpr int kTiles = kWidth / 8;  // of a product's result
+  static constexpr int kTiles = kWidth / 8;                           // of a product's result
   static constexpr int kColumns = kFast && kIsShort<T> ? 64 : kStep;  // loaded at once
   static constexpr int kStages = kFast ? 2 : 1;
   // Of a multiprocessor, which leave a thread 128, 168 or 255 registers.
@@ -173,8 +173,8 @@ XATTN_DEVICE void store_rows(const float (&c)[L::kTiles][4], const float (&facto
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float x = c[n][2 * half] * factor[half], y = c[n][2 * half + 1] * factor[half];
-      *reinterpret_cast<Pack<T, 2>*>(s + (l / 4 + 8 * half) * L::kStride + n * 8 + l % 4 * 2) = {
-          {from_float<T>(x), from_float<T>(y)}};
+      *reinterpret_cast<Pack<T, 2>*>(s + (l / 4 + 8 * half) * L::kStride + n * 8 +
+                                     l % 4 * 2) = {{from_float<T>(x), from_float<T>(y)}};
     }
   }
   __syncwarp();

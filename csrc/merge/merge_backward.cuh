@@ -14,8 +14,7 @@ XATTN_DEVICE Values<T> gather_digests(const Pixels<T, kFast>& digests, const Tap
                                       int y, int x, const Args& a) {
   Values<T> sum;
   sum.clear();
-  const Area reaching =
-      digests_around({y, y + 1, x, x + 1}, a.stride, merge.reach, a.digests);
+  const Area reaching = digests_around({y, y + 1, x, x + 1}, a.stride, merge.reach, a.digests);
   for (int my = reaching.top; my < reaching.bottom; ++my) {
     const int ky = y + merge.reach - my * a.stride;
     for (int mx = reaching.left; mx < reaching.right; ++mx) {
@@ -36,8 +35,7 @@ __global__ void __launch_bounds__(kThreads, 3) merge_input_gradient(const Args a
   const bool merging = a.digests.data != nullptr, enhancing = a.enhanced.data != nullptr;
   float* const weights = behind(slab, a.pixels + a.digest_pixels);
   const Taps<T, kFast> enhance(lane, a.enhance, weights);
-  const Taps<T, kFast> merge(lane, a.merge,
-                             weights + a.enhance.taps() * Taps<T, true>::kTapStride);
+  const Taps<T, kFast> merge(lane, a.merge, weights + a.enhance.taps() * Taps<T, true>::kTapStride);
   Pixels<T, kFast> grads(lane, a.enhanced, enhancing ? block.image : 0, slab);
   Pixels<T, kFast> digests(lane, a.digests, merging ? block.image : 0,
                            slab + static_cast<int64_t>(a.pixels) * kGroup<T>);
@@ -91,9 +89,7 @@ struct WeightSums {
         share(parts != nullptr ? parts + index * lane.channels * taps : nullptr),
         taps(taps) {}
 
-  XATTN_DEVICE int count(int group) const {
-    return min(kGroup<T>, lane.channels - group) * taps;
-  }
+  XATTN_DEVICE int count(int group) const { return min(kGroup<T>, lane.channels - group) * taps; }
   XATTN_DEVICE void clear(int group) const {
     const int floats = kFast ? taps * kTapStride : count(group);
     float* const first = kFast ? shared : share + static_cast<int64_t>(group) * taps;

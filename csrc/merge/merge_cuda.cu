@@ -42,8 +42,11 @@ struct MergeCall {
     args.channels = static_cast<int>(x.size(2));
     // Beyond the image a larger stride changes nothing.
     args.stride = static_cast<int>(std::min(o.stride, std::max(o.height, o.width)));
-    args.x = {cuda.read(x), {x.stride(0), x.stride(1)}, static_cast<int>(o.height),
-              static_cast<int>(o.width), static_cast<int>(o.prefix)};
+    args.x = {cuda.read(x),
+              {x.stride(0), x.stride(1)},
+              static_cast<int>(o.height),
+              static_cast<int>(o.width),
+              static_cast<int>(o.prefix)};
     args.enhance = convolution(enhance);
     args.enhanced = {nullptr, {0, 0}, args.x.height, args.x.width, args.x.prefix};
     args.digests = {nullptr, {0, 0}, 0, 0, 0};
@@ -68,7 +71,7 @@ struct MergeCall {
   std::vector<int64_t> token_sizes() const { return {args.batch, x.size(1), args.channels}; }
 
   // The gradient of an output of these sizes; it is read where `map` then says.
-  void read_gradient(MaybeTensor& grad, const std::vector<int64_t>& sizes, Map& map) const {
+  void read_gradient(MaybeTensor& grad, const std::vector<int64_t>& sizes, Map& map) {
     if (!grad.has_value()) return;
     STD_TORCH_CHECK(grad->dim() == 3 && grad->size(0) == sizes[0] && grad->size(1) == sizes[1] &&
                         grad->size(2) == sizes[2] && dtype_of(*grad) == dtype,
@@ -143,7 +146,7 @@ struct MergeCall {
                     "merge: more than 2^31 tokens or channels");
   }
 
-  Convolution convolution(const Tensor& weight) const {
+  Convolution convolution(const Tensor& weight) {
     STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == args.channels && weight.size(1) == 1 &&
                         weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
                         weight.size(2) < 1 << 15 && dtype_of(weight) == dtype,
@@ -166,8 +169,8 @@ std::tuple<Tensor, Tensor> merge_fwd(Tensor x, MaybeTensor merge_weight, Tensor 
   call.launch(call.pixels(), 0, {a.enhance.window, a.merge.window}, 0, a.batch * a.tiles,
               [&](auto value, bool fast, dim3 grid, size_t bytes) {
                 using T = decltype(value);
-                const auto kernel = fast ? merge_cuda::merge_forward<T, true>
-                                         : merge_cuda::merge_forward<T, false>;
+                const auto kernel =
+                    fast ? merge_cuda::merge_forward<T, true> : merge_cuda::merge_forward<T, false>;
                 call.cuda.launch(kernel, grid, merge_cuda::kThreads, bytes, a);
               });
   return {digests, enhanced};

@@ -31,8 +31,7 @@ __global__ void __launch_bounds__(kThreads, 3) merge_forward(const Args a) {
   const Area area = tile_area(a, block.tile);
   float* const weights = behind(slab, a.pixels);
   const Taps<T, kFast> enhance(lane, a.enhance, weights);
-  const Taps<T, kFast> merge(lane, a.merge,
-                             weights + a.enhance.taps() * Taps<T, true>::kTapStride);
+  const Taps<T, kFast> merge(lane, a.merge, weights + a.enhance.taps() * Taps<T, true>::kTapStride);
   Pixels<T, kFast> x(lane, a.x, block.image, slab);
   x.load(area.grown(max(merge.reach, enhance.reach), a.x), group);
   ptx::cp_async_commit();
@@ -43,7 +42,9 @@ __global__ void __launch_bounds__(kThreads, 3) merge_forward(const Args a) {
   if (block.tile == 0) pass_prefix(lane, a.x, block.image, enhanced, a.channels);
   Values<T> bias;
   bias.clear();
-  if (a.bias != nullptr) bias = lane.load(static_cast<const T*>(a.bias));
+  if (a.bias != nullptr) {  // of any alignment
+    bias = Lane<T, false>(a, block.group).load(static_cast<const T*>(a.bias));
+  }
   ptx::cp_async_wait<0>();
   __syncthreads();
 
@@ -53,8 +54,7 @@ __global__ void __launch_bounds__(kThreads, 3) merge_forward(const Args a) {
   for (int task = warp_id(); task < rows + digests.size(); task += kWarps) {
     if (task < rows) {
       const int y = area.top + task;
-      T* const to = enhanced +
-                    (a.x.prefix + static_cast<int64_t>(y) * a.x.width) * a.channels;
+      T* const to = enhanced + (a.x.prefix + static_cast<int64_t>(y) * a.x.width) * a.channels;
       convolve_row<false>(
           x, enhance, y, area.left, area.right, a.x, [&](int) { return bias; },
           [&](int column, const Values<T>& value) {

@@ -150,8 +150,7 @@ struct Pixels {
 
   XATTN_DEVICE Pixels(const Lane<T, kFast>& lane, const Map& map, int64_t index, T* slab)
       : lane(lane),
-        image(static_cast<const T*>(map.data) + index * map.stride[0] +
-              map.prefix * map.stride[1]),
+        image(static_cast<const T*>(map.data) + index * map.stride[0] + map.prefix * map.stride[1]),
         stride(map.stride[1]),
         width(map.width),
         slab(slab) {}
@@ -167,16 +166,15 @@ struct Pixels {
         const int y = area.top + pixel / columns, x = area.left + pixel % columns;
         const bool there = group + channel < lane.channels;
         const T* from = image + (static_cast<int64_t>(y) * width + x) * stride + group;
-        ptx::cp_async<16>(slab + pixel * kGroup<T> + channel, there ? from + channel : from,
-                          there);
+        ptx::cp_async<16>(slab + pixel * kGroup<T> + channel, there ? from + channel : from, there);
       }
     }
   }
   XATTN_DEVICE Values<T> at(int y, int x) const {
     if constexpr (kFast) {
       const int pixel = (y - area.top) * area.width() + x - area.left;
-      const auto pack = *reinterpret_cast<const Pack<T, kPerLane<T>>*>(
-          slab + pixel * kGroup<T> + lane_id() * kPerLane<T>);
+      const auto pack = *reinterpret_cast<const Pack<T, kPerLane<T>>*>(slab + pixel * kGroup<T> +
+                                                                       lane_id() * kPerLane<T>);
       Values<T> values;
 #pragma unroll
       for (int i = 0; i < kPerLane<T>; ++i) values.v[i] = to_float(pack.v[i]);
@@ -300,8 +298,7 @@ XATTN_DEVICE void pass_prefix(const Lane<T, kFast>& lane, const Map& from, int64
     Values<T> x;
     x.clear();
     if (from.data != nullptr) {
-      x = lane.load(static_cast<const T*>(from.data) + image * from.stride[0] +
-                    t * from.stride[1]);
+      x = lane.load(static_cast<const T*>(from.data) + image * from.stride[0] + t * from.stride[1]);
     }
     lane.store(to + t * channels, x);
   }
