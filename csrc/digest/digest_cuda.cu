@@ -57,8 +57,9 @@ struct DigestCall {
   bool empty() const { return args.batch == 0; }
   int64_t patches() const { return int64_t{args.grid_h} * args.grid_w; }
 
-  // Launches one of two instances of a kernel, on `tiles` tiles of every image and head: the fast
-  // one for head dimensions up to 32 or 64, where it can serve, or the general one.
+  // kernel(layout, grid, shared bytes), which launches `blocks` blocks for each chunk of channels:
+  // a fast layout for head dimensions up to 32 or 64, where it can serve and what it wants of
+  // shared memory, bytes(layout), is there; else the general one.
   template <class Bytes, class Kernel>
   void launch(int64_t blocks, Bytes bytes, Kernel kernel) {
     for_storage(dtype, [&](auto value) {

@@ -102,9 +102,10 @@ struct MergeCall {
     args.tiles = (args.x.height + args.tile_h - 1) / args.tile_h * args.tiles_x;
   }
 
-  // Launches the fast instance of a kernel where what it wants in shared memory fits, else the
-  // general one. pixels, digests: what places it wants room for; windows: whose taps; least: bytes
-  // that either instance needs. blocks(): how many for each group of channels.
+  // kernel(a value of the storage type, whether fast, grid, shared bytes), which launches `blocks`
+  // blocks for each group of channels: the fast instance, where what it wants of shared memory is
+  // there, or the general one. pixels, digests: places that the fast one has room for; windows:
+  // whose taps it keeps; least: bytes that either needs.
   template <class Kernel>
   void launch(int64_t pixels, int64_t digests, std::vector<int> windows, int64_t least,
               int64_t blocks, Kernel kernel) {
