@@ -1,7 +1,7 @@
 // Convolutional position encoding on CUDA: checks, allocation, launches. The kernels are in
-// convpos_kernels.cuh and common/depthwise_gradients.cuh.
+// convpos_kernels.cuh, those of the gradients in common/depthwise_gradients.cuh.
 #include "common/cuda_call.h"
-#include "common/depthwise_cuda.h"
+#include "common/depthwise_launch.h"
 #include "convpos_kernels.cuh"
 
 namespace xattn::convpos_cuda {
@@ -82,17 +82,17 @@ std::tuple<Tensor, Tensor, Tensor> convpos_bwd(Tensor grad_out, Tensor x, Tensor
   x = dense_last(x);
   grad_out = dense_last(grad_out);
   Tensor grad_x = add<true>(call, grad_out, convolution, s);
-  TapGradientArgs a{};
-  a.grad = call.read(grad_out);
-  a.values = call.read(x);
-  for (int i = 0; i < 2; ++i) {
-    a.grad_stride[i] = grad_out.stride(i);
-    a.value_stride[i] = x.stride(i);
-  }
-  a.batch = s.batch;
-  a.vector = in_vectors(grad_out) && in_vectors(x);
-  auto [grad_weight, grad_bias] =
-      convolution.gradients(call, a, s.prefix, s.height, s.width, s.channels);
+  const DepthwiseActivations activations{call.read(grad_out),
+                                         call.read(x),
+                                         {grad_out.stride(0), grad_out.stride(1)},
+                                         {x.stride(0), x.stride(1)},
+                                         s.batch,
+                                         s.prefix,
+                                         s.height,
+                                         s.width,
+                                         s.channels,
+                                         in_vectors(grad_out) && in_vectors(x)};
+  auto [grad_weight, grad_bias] = convolution.gradients(call, activations);
   return {grad_x, torch::stable::view(grad_weight, {s.channels, 1, s.window, s.window}), grad_bias};
 }
 

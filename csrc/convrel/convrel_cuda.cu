@@ -2,7 +2,7 @@
 // convrel_context.cuh, convrel_forward.cuh, convrel_backward.cuh and
 // common/depthwise_gradients.cuh.
 #include "common/cuda_call.h"
-#include "common/depthwise_cuda.h"
+#include "common/depthwise_launch.h"
 #include "convrel_backward.cuh"
 #include "convrel_context.cuh"
 
@@ -234,16 +234,18 @@ void launch_key_values(ConvRelCuda& c, const void* state, const void* change, ch
 }
 
 std::tuple<Tensor, Tensor> tap_gradients(ConvRelCuda& c, const void* product) {
-  TapGradientArgs a{};
-  a.grad = product;
-  a.grad_stride[0] = c.tokens * 3 * c.channels;
-  a.grad_stride[1] = 3 * c.channels;
-  a.values = c.v();
-  for (int i = 0; i < 2; ++i) a.value_stride[i] = c.qkv.stride(i);
-  a.batch = c.batch;
-  a.vector = c.vector;
   const Options& o = c.options;
-  return c.convolution->gradients(c.call, a, o.prefix, o.height, o.width, c.channels);
+  const DepthwiseActivations activations{product,
+                                         c.v(),
+                                         {c.tokens * 3 * c.channels, 3 * c.channels},
+                                         {c.qkv.stride(0), c.qkv.stride(1)},
+                                         c.batch,
+                                         o.prefix,
+                                         o.height,
+                                         o.width,
+                                         c.channels,
+                                         c.vector};
+  return c.convolution->gradients(c.call, activations);
 }
 
 std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tensor conv_weight,
