@@ -224,7 +224,7 @@ XATTN_DEVICE void convolve_global(Strip& sum, const ChannelRows<T>& image, const
   }
 }
 
-// A thread's convolutions, one strip after another.
+// The convolutions of a thread, a strip a step.
 template <class T>
 struct StripConvolution {
   const StripPlan& plan;
@@ -235,6 +235,16 @@ struct StripConvolution {
   const StripItem& item;
   int c;  // the item's first channel
 
+  XATTN_DEVICE void begin_with_bias(Strip& sum) const {
+    const auto bias = taps.bias(c);
+#pragma unroll
+    for (int i = 0; i < kStrip; ++i) {
+      sum[i][0] = bias.v[0];
+      sum[i][1] = bias.v[1];
+    }
+  }
+
+  // sum += the convolution of the item's strip, in a step that begins at row step_y.
   template <bool kTransposed>
   XATTN_DEVICE void add(Strip& sum, int step_y) const {
     const int y = step_y + item.row, window = taps.window(c);

@@ -55,14 +55,7 @@ __global__ __launch_bounds__(kStripThreads, 4) void add_convolution(EncodingArgs
     const TokenTile tile = part.tile(plan, y);
     if (!item.active || item.row >= tile.valid_rows) continue;
     Strip sum = {};
-    if constexpr (!kTransposed) {
-      const auto bias = a.taps.bias(pair);
-#pragma unroll
-      for (int i = 0; i < kStrip; ++i) {
-        sum[i][0] = bias.v[0];
-        sum[i][1] = bias.v[1];
-      }
-    }
+    if constexpr (!kTransposed) convolution.begin_with_bias(sum);
     convolution.template add<kTransposed>(sum, y);
 #pragma unroll
     for (int i = 0; i < kStrip; ++i) {

@@ -149,8 +149,7 @@ __global__ __launch_bounds__(kStripThreads, 4) void mix(MixArgs a) {
   const StripPart part(plan, block.part);
   const Ring<T> ring(memory + MixMemory<T>::ring(a.bands), plan, part);
   const StripItem item(channels, plan.strips, plan.rows);
-  const int pair = c + 2 * item.pair;
-  const StripConvolution<T> convolution{plan, a.taps, image, ring, part, item, pair};
+  const StripConvolution<T> convolution{plan, a.taps, image, ring, part, item, c + 2 * item.pair};
   __syncthreads();
   fill_first(ring, image, plan, part);
   load_tile<kTileTokens, kTileRow>(stages, rows, part.tile(plan, part.y_begin));
@@ -170,13 +169,8 @@ __global__ __launch_bounds__(kStripThreads, 4) void mix(MixArgs a) {
     mix_product(a, block, tile, rows, x, blocks, memory);
     __syncthreads();
     if (!item.active || item.row >= tile.valid_rows) continue;
-    const auto bias = a.taps.bias(pair);
     Strip near;
-#pragma unroll
-    for (int i = 0; i < kStrip; ++i) {
-      near[i][0] = bias.v[0];
-      near[i][1] = bias.v[1];
-    }
+    convolution.begin_with_bias(near);
     convolution.template add<false>(near, y);
     store_mixed(a, block, tile, item, x, product, &near);
   }
