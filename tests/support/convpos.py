@@ -124,6 +124,8 @@ DESCRIPTION = Description(
     strided=[
         _case("window_3", 2, (5, 8), 19),
         _case("window_5", 2, (9, 8), 19, window=5),
+        _case("whole_vectors", 2, (5, 8), 72),
+        _case("whole_vectors_window_9", 1, (4, 3), 16, window=9),
     ],
     steady=[
         _case("odd_grid", 3, (13, 11), 40),

@@ -208,6 +208,8 @@ DESCRIPTION = Description(
         _case("groups", 2, (5, 8), 2, 16, (3, 10), (5, 22)),
         _case("windows_3_7", 2, (9, 8), 2, 16, (3, 10), (7, 22)),
         _case("no_relative_term", 2, (5, 8), 2, 4),
+        _case("odd_heads", 1, (3, 5), 8, 19, *coat(8, 19)),
+        _case("window_9", 1, (4, 3), 2, 16, (9, 32)),
     ],
     steady=[
         _case("odd_grid", 3, (13, 11), 8, 8, *coat(8, 8)),
