@@ -25,13 +25,10 @@ struct Shape {
 template <class T, class F>
 bool with_shape(const Inputs<T>& in, F&& f) {
   constexpr int64_t kPiece = 16 / sizeof(T);
-  bool aligned = in.channels % 16 == 0;
-  for (const T* data : {in.cls, in.patches}) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  }
-  for (int64_t stride : {in.cls_stride, in.patches_stride[0], in.patches_stride[1]}) {
-    aligned = aligned && stride % kPiece == 0;
-  }
+  const auto address =
+      reinterpret_cast<uintptr_t>(in.cls) | reinterpret_cast<uintptr_t>(in.patches);
+  const int64_t strides = in.cls_stride | in.patches_stride[0] | in.patches_stride[1];
+  const bool aligned = in.channels % 16 == 0 && address % 16 == 0 && strides % kPiece == 0;
   const auto try_shape = [&](auto shape) {
     using S = decltype(shape);
     return aligned && in.channels <= S::kMostChannels && in.heads <= S::kMostHeads && f(shape);
@@ -109,13 +106,13 @@ void pool_general(CudaCall& call, Workspace& workspace, Forward<T>& f) {
   p.b = {hat, tokens * C, 1, C, false};
   p.c = {logits, H * tokens, tokens, true};
   p.alpha = f.scale * kLog2e;
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
   call.launch(weigh_rows<T>, dim3(static_cast<unsigned>(B * H)), kThreads, 0, f, logits);
   p = {B, f.heads, f.channels, f.tokens};
   p.a = {logits, H * tokens, tokens, 1, true};
   p.b = {hat, tokens * C, C, 1, false};
   p.c = {f.part_sums, H * C, C, true};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
 }
 
 template <class T>
@@ -142,12 +139,12 @@ void run_forward(CudaCall& call, const Tensors& t, Inputs<T> in, Tensor& out) {
   p.b = op.transposed(op.weight(call.read(t.q_weight)));
   p.c = {in.head_state, op.state, H * op.state, true};
   p.bias = {call.read(t.q_bias), D};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
   p = {H, static_cast<int>(B), in.channels, in.head_dim};  // u
   p.a = op.query();
   p.b = op.weight(call.read(t.k_weight));
   p.c = {in.head_state + D, op.state, H * op.state, true};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
   call.launch(fold_keys<T>, grid_of_warps(B * H), kThreads, 0, f);
 
   const bool fused = with_shape(in, [&](auto shape) {
@@ -162,7 +159,7 @@ void run_forward(CudaCall& call, const Tensors& t, Inputs<T> in, Tensor& out) {
   p.b = op.transposed(op.weight(call.read(t.v_weight)));
   p.c = {call.write(out), D, C, false};
   p.bias = {call.read(t.v_bias), D, in.dropout.seed ? f.shares : nullptr, 1, H};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
 }
 
 // ---------------------------------------------------------------------- backward
@@ -180,18 +177,18 @@ void spread_general(CudaCall& call, Workspace& workspace, Backward<T>& g) {
   p.a = {g.rows, 2 * H * C, C, 1, false};
   p.b = {hat, tokens * C, 1, C, false};
   p.c = {products, 2 * H * tokens, tokens, true};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
   call.launch(weigh_grad_rows<T>, dim3(static_cast<unsigned>(B * H)), kThreads, 0, g, products);
   p = {B, g.tokens, g.channels, 2 * g.heads};
   p.a = {products, 2 * H * tokens, 1, tokens, true};
   p.b = {g.rows, 2 * H * C, C, 1, false};
   p.c = {dt, tokens * C, C, true};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
   p = {B, g.heads, g.channels, g.tokens};
   p.a = {products + H * tokens, 2 * H * tokens, tokens, 1, true};
   p.b = {hat, tokens * C, C, 1, false};
   p.c = {g.part_sums, H * C, C, true};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
   call.launch(norm_backward<T>, grid_of_warps(B * tokens), kThreads, 0, g, hat, dt);
 }
 
@@ -203,38 +200,34 @@ struct VectorGradients {
   Tensor q_bias, v_bias, norm_weight, norm_bias;
 };
 
-// dq [batch, C], and with it the gradients of the weights.
+// dq [batch, C], then with it the gradients of the weights, and of n(CLS) by way of the query.
 template <class T>
 void weight_gradients(CudaCall& call, const Tensors& t, const Backward<T>& g, float* dq,
                       float* by_query, Gradients& grads) {
   const int64_t C = g.channels, D = g.head_dim;
   const int images = static_cast<int>(g.batch), channels = g.channels, dim = g.head_dim;
   const Operands<T> op{g};
-  SmallMatmul p{g.heads, images, dim, channels};
-  p.a = op.of_head(g.du);
-  p.b = op.transposed(op.weight(call.read(t.k_weight)));
-  p.c = {dq, D, C, true};
-  multiply_small<T>(call, p);
-  p = {1, images, channels, channels};
-  p.a = whole(dq, C, true);
-  p.b = whole(call.read(t.q_weight), C);
-  p.c = {by_query, 0, C, true};
-  multiply_small<T>(call, p);
+  SmallMatmul query{g.heads, images, dim, channels};
+  query.a = op.of_head(g.du);
+  query.b = op.transposed(op.weight(call.read(t.k_weight)));
+  query.c = {dq, D, C, true};
+  multiply_small<T>(call, {query});
 
-  p = {1, channels, channels, images};
-  p.a = op.transposed(whole(dq, C, true));
-  p.b = g.norm_weight ? whole(g.normed, C) : whole(g.cls, g.cls_stride);
-  p.c = {call.write(grads.q_weight), 0, C, false};
-  multiply_small<T>(call, p);
-  p = {g.heads, dim, channels, images};
-  p.a = op.transposed(op.query());
-  p.b = op.of_head(g.du);
-  p.c = {call.write(grads.k_weight), D * C, C, false};
-  multiply_small<T>(call, p);
-  p.a = op.transposed(op.slice(g.grad_out, g.grad_out_stride));
-  p.b = op.of_head(g.pooled);
-  p.c = {call.write(grads.v_weight), D * C, C, false};
-  multiply_small<T>(call, p);
+  SmallMatmul token{1, images, channels, channels}, q_weight{1, channels, channels, images};
+  token.a = whole(dq, C, true);
+  token.b = whole(call.read(t.q_weight), C);
+  token.c = {by_query, 0, C, true};
+  q_weight.a = op.transposed(token.a);
+  q_weight.b = g.norm_weight ? whole(g.normed, C) : whole(g.cls, g.cls_stride);
+  q_weight.c = {call.write(grads.q_weight), 0, C, false};
+  SmallMatmul k_weight{g.heads, dim, channels, images}, v_weight = k_weight;
+  k_weight.a = op.transposed(op.query());
+  k_weight.b = op.of_head(g.du);
+  k_weight.c = {call.write(grads.k_weight), D * C, C, false};
+  v_weight.a = op.transposed(op.slice(g.grad_out, g.grad_out_stride));
+  v_weight.b = op.of_head(g.pooled);
+  v_weight.c = {call.write(grads.v_weight), D * C, C, false};
+  multiply_small<T>(call, {token, q_weight, k_weight, v_weight});
 }
 
 template <class T>
@@ -272,7 +265,7 @@ void run_backward(CudaCall& call, const Tensors& t, Inputs<T> in, const Tensor& 
   p.a = op.slice(g.grad_out, g.grad_out_stride);
   p.b = op.weight(call.read(t.v_weight));
   p.c = {dz, C, H * C, true};
-  multiply_small<T>(call, p);
+  multiply_small<T>(call, {p});
   call.launch(fold_grads<T>, grid_of_warps(B * H), kThreads, 0, g);
   const bool fused = with_shape(in, [&](auto shape) {
     using S = decltype(shape);

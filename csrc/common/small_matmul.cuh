@@ -1,10 +1,13 @@
-// Products of small matrices, c = alpha a b + bias, for each entry of a batch: what operators need
-// around their kernels where a matrix library would cost more in launches than in arithmetic.
+// Products of small matrices, c = alpha a b + bias, for each entry of a batch, several products in
+// one launch: what operators need around their kernels where a matrix library would cost more in
+// launches than in arithmetic.
 //
 // A block forms 32 x 32 values. Its four warps share the sum over k: each takes every fourth step
 // of 16, and their sums are added in a fixed order. So even few rows make enough work for a warp,
 // and every value depends on the sizes alone, never on the card.
 #pragma once
+
+#include <initializer_list>
 
 #include "mma.cuh"
 
@@ -65,6 +68,18 @@ struct Side {
   int lines;
   bool wide, by_step;  // by_step: lines are neighbours
   bool vector;         // pieces may be loaded as one
+};
+
+// A product as kernels see it, and those of a launch: product i has blocks begin[i] .. begin[i +
+// 1].
+struct Product {
+  SmallMatmul sizes;
+  Side a, b;
+};
+constexpr int kMostProducts = 4;
+struct Products {
+  unsigned begin[kMostProducts + 1];
+  Product all[kMostProducts];
 };
 
 template <class T, class Source>
@@ -195,15 +210,20 @@ XATTN_DEVICE void finish(const SmallMatmul& p, const float* sums, int64_t entry,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    multiply(const SmallMatmul p, const Side left, const Side right) {
+__global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Products products) {
   constexpr int kDepth = Tile<T>::kDepth, kTileBytes = 2 * Tile<T>::kSize * sizeof(T);
   SHARED(unsigned char, memory, [kTileBytes > kSumBytes ? kTileBytes : kSumBytes]);
   T *a = reinterpret_cast<T*>(memory), *b = a + Tile<T>::kSize;
-  const int warp = threadIdx.x / 32, columns = (p.n + kEdge - 1) / kEdge;
-  const int rows = (p.m + kEdge - 1) / kEdge;
-  const int column = blockIdx.x % columns * kEdge, row = blockIdx.x / columns % rows * kEdge;
-  const int64_t entry = blockIdx.x / columns / rows;
+  int which = 0;
+  while (blockIdx.x >= products.begin[which + 1]) ++which;
+  const Product& product = products.all[which];
+  const SmallMatmul& p = product.sizes;
+  const Side &left = product.a, &right = product.b;
+
+  const int warp = threadIdx.x / 32, block = blockIdx.x - products.begin[which];
+  const int columns = (p.n + kEdge - 1) / kEdge, rows = (p.m + kEdge - 1) / kEdge;
+  const int column = block % columns * kEdge, row = block / columns % rows * kEdge;
+  const int64_t entry = block / columns / rows;
 
   float sums[2][4][4] = {};
   Tile<T> next_a, next_b;
@@ -252,13 +272,19 @@ Side side_of(const MatmulOperand& x, int lines, int64_t line_stride, int64_t ste
 
 // Call: has launch(kernel, grid, threads, shared bytes, arguments ...), as CudaCall.
 template <class T, class Call>
-void multiply_small(Call& call, const SmallMatmul& p) {
+void multiply_small(Call& call, std::initializer_list<SmallMatmul> products) {
   namespace s = small_matmul;
-  const int64_t tiles = ((p.m + int64_t{s::kEdge} - 1) / s::kEdge) *
-                        ((p.n + int64_t{s::kEdge} - 1) / s::kEdge) * p.batch;
-  call.launch(s::multiply<T>, dim3(static_cast<unsigned>(tiles)), s::kThreads, size_t{0}, p,
-              s::side_of<T>(p.a, p.m, p.a.row_stride, p.a.column_stride),
-              s::side_of<T>(p.b, p.n, p.b.column_stride, p.b.row_stride));
+  s::Products launched{};
+  int count = 0;
+  for (const SmallMatmul& p : products) {
+    const int64_t tiles = ((p.m + int64_t{s::kEdge} - 1) / s::kEdge) *
+                          ((p.n + int64_t{s::kEdge} - 1) / s::kEdge) * p.batch;
+    launched.all[count] = {p, s::side_of<T>(p.a, p.m, p.a.row_stride, p.a.column_stride),
+                           s::side_of<T>(p.b, p.n, p.b.column_stride, p.b.row_stride)};
+    launched.begin[count + 1] = launched.begin[count] + static_cast<unsigned>(tiles);
+    ++count;
+  }
+  call.launch(s::multiply<T>, dim3(launched.begin[count]), s::kThreads, size_t{0}, launched);
 }
 
 }  // namespace xattn
