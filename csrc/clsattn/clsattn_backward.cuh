@@ -95,7 +95,8 @@ struct BackwardMemory {
   float* products;           // of each half of the channels: [2 kHeads][kProducts]
   float* moments;            // [2][kTokens]: mean, rstd
   float* inner;              // [kWarps][2][kTokens]: sums over channels of dt and dt t
-  float* means;              // [kHeads]: of ds mean / deviation
+  float* numbers;            // [kHeads][kNumbers]
+  float* means;              // [kHeads]: sums of ds mean / deviation
   int bytes;
 
   __host__ __device__ BackwardMemory(int channels, int stages, void* memory)
@@ -108,6 +109,7 @@ struct BackwardMemory {
     products = m.take<float>(2 * 2 * kHeads * kProducts);
     moments = m.take<float>(2 * kTokens);
     inner = m.take<float>(kWarps * 2 * kTokens);
+    numbers = m.take<float>(kHeads * kNumbers);
     means = m.take<float>(kHeads);
     bytes = static_cast<int>(m.next - static_cast<char*>(memory));
   }
@@ -133,16 +135,11 @@ XATTN_DEVICE void multiply_rows(const BackwardMemory<T, kGroups>& m, const T* x,
   store_products(m.products, s, share);
 }
 
-// The numbers of a warp's heads, warp, warp + kWarps .., and sums of its lanes' tokens.
-template <int kHeads>
-struct HeadGrads {
-  float number[kHeads][kNumbers], means[kHeads];
-};
-
-// weights of a tile, from its products: lanes are its tokens.
+// weights of a tile, from its products: lanes are its tokens, and a warp takes the heads warp,
+// warp + kWarps ..; means: what each adds to the sum of ds mean / deviation.
 template <class T, int kGroups>
 XATTN_DEVICE void weigh_grads(const Backward<T>& in, const BackwardMemory<T, kGroups>& m,
-                              HeadGrads<2 * kGroups>& state, int64_t b, int n, bool inside,
+                              float (&means)[2 * kGroups], int64_t b, int n, bool inside,
                               Moments own, float unit) {
   constexpr int kHeads = 8 * kGroups;
   const int t = lane_id(), warp = threadIdx.x / 32;
@@ -151,7 +148,7 @@ XATTN_DEVICE void weigh_grads(const Backward<T>& in, const BackwardMemory<T, kGr
   for (int i = 0; i < 2 * kGroups; ++i) {
     const int h = warp + i * kWarps;
     if (h >= in.heads) break;
-    const float (&number)[kNumbers] = state.number[i];
+    const float* number = m.numbers + h * kNumbers;
     const float *grad = m.products + h * kProducts + t, *key = grad + kHeads * kProducts;
     constexpr int kOther = 2 * kHeads * kProducts;  // the other half of the channels
     const float dw = (grad[0] + grad[kOther] - number[kGradSum] * own.mean) * own.rstd;
@@ -164,7 +161,7 @@ XATTN_DEVICE void weigh_grads(const Backward<T>& in, const BackwardMemory<T, kGr
     const T scaled = from_float<T>(c.ds * (own.rstd / unit));
     plain += to_float(kept) * number[kGradSum] + to_float(ds) * number[kKeySum];
     along += to_float(kept) * dw + to_float(ds) * logit;
-    state.means[i] += to_float(scaled) * own.mean;
+    means[i] += to_float(scaled) * own.mean;
     T* to = m.weights + h * kCoefficients + t;
     to[0] = kept;
     to[kHeads * kCoefficients] = ds;
@@ -307,16 +304,10 @@ __global__ void __launch_bounds__(kThreads) backward_tokens(const Backward<T> in
   for (int i = threadIdx.x; i < 3 * kHeads * kCoefficients; i += kThreads) {
     m.weights[i] = from_float<T>(0.0f);  // of heads that there are not
   }
-  HeadGrads<2 * kGroups> state;
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) {
-    const int h = min(static_cast<int>(threadIdx.x) / 32 + i * kWarps, in.heads - 1);
-#pragma unroll
-    for (int j = 0; j < kNumbers; ++j) {
-      state.number[i][j] = in.numbers[(b * in.heads + h) * kNumbers + j];
-    }
-    state.means[i] = 0;
+  for (int i = threadIdx.x; i < in.heads * kNumbers; i += kThreads) {
+    m.numbers[i] = in.numbers[b * in.heads * kNumbers + i];
   }
+  float means[2 * kGroups] = {};
   const bool normed = in.norm_weight != nullptr;
   const float unit = in.unit_rstd(b);
   const Share share(in.channels);
@@ -340,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) backward_tokens(const Backward<T> in
     }
     multiply_rows(m, m.x[stage], share);
     __syncthreads();
-    weigh_grads(in, m, state, b, n, n < end, moments, unit);
+    weigh_grads(in, m, means, b, n, n < end, moments, unit);
     __syncthreads();
     float* cls = first == 0 ? in.grad_token + b * in.channels : nullptr;
     add_grads(m, m.x[stage], own, in.channels, normed, cls, sums);
@@ -349,8 +340,8 @@ __global__ void __launch_bounds__(kThreads) backward_tokens(const Backward<T> in
   }
 #pragma unroll
   for (int i = 0; i < 2 * kGroups; ++i) {
-    const float means = warp_sum(state.means[i]);
-    if (lane_id() == 0) m.means[threadIdx.x / 32 + i * kWarps] = means;
+    const float sum = warp_sum(means[i]);
+    if (lane_id() == 0) m.means[threadIdx.x / 32 + i * kWarps] = sum;
   }
   __syncthreads();
   store_sums(in.part_sums + int64_t{blockIdx.x} * in.heads * in.channels, sums, own, m.means, unit,

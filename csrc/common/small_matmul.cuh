@@ -112,9 +112,11 @@ XATTN_DEVICE void place_of(int i, bool by_step, int& line, int& step) {
   step = by_step ? place / kOfStep : place % (Tile<T>::kDepth / kPiece) * kPiece;
 }
 
-template <class T>
-XATTN_DEVICE void load_tile(Tile<T>& tile, const Side& side, int64_t entry, int first_line,
-                            int first_step, int steps) {
+// data: of the entry of the batch.
+template <class T, class Source>
+XATTN_DEVICE void load_pieces(Tile<T>& tile, const Side& side, const Source* data, int first_line,
+                              int first_step, int steps) {
+  const int64_t stride = side.by_step ? side.line_stride : side.step_stride;
 #pragma unroll
   for (int i = 0; i < Tile<T>::kPieces; ++i) {
     int line, step;
@@ -123,16 +125,20 @@ XATTN_DEVICE void load_tile(Tile<T>& tile, const Side& side, int64_t entry, int 
     step += first_step;
     const bool inside = line < side.lines && step < steps;
     const int count = !inside ? 0 : side.by_step ? side.lines - line : steps - step;
-    const int64_t at =
-        entry * side.batch_stride + line * side.line_stride + step * side.step_stride;
-    const int64_t stride = side.by_step ? side.line_stride : side.step_stride;
-    if (side.wide) {
-      tile.pieces[i] =
-          load_piece<T>(static_cast<const float*>(side.data) + at, stride, count, side.vector);
-    } else {
-      tile.pieces[i] =
-          load_piece<T>(static_cast<const T*>(side.data) + at, stride, count, side.vector);
-    }
+    tile.pieces[i] = load_piece<T>(data + line * side.line_stride + step * side.step_stride, stride,
+                                   count, side.vector);
+  }
+}
+
+template <class T>
+XATTN_DEVICE void load_tile(Tile<T>& tile, const Side& side, int64_t entry, int first_line,
+                            int first_step, int steps) {
+  const int64_t at = entry * side.batch_stride;
+  if (side.wide) {
+    load_pieces(tile, side, static_cast<const float*>(side.data) + at, first_line, first_step,
+                steps);
+  } else {
+    load_pieces(tile, side, static_cast<const T*>(side.data) + at, first_line, first_step, steps);
   }
 }
 
@@ -210,7 +216,7 @@ XATTN_DEVICE void finish(const SmallMatmul& p, const float* sums, int64_t entry,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) multiply(const __grid_constant__ Products products) {
+__global__ void __launch_bounds__(kThreads, 4) multiply(const __grid_constant__ Products products) {
   constexpr int kDepth = Tile<T>::kDepth, kTileBytes = 2 * Tile<T>::kSize * sizeof(T);
   SHARED(unsigned char, memory, [kTileBytes > kSumBytes ? kTileBytes : kSumBytes]);
   T *a = reinterpret_cast<T*>(memory), *b = a + Tile<T>::kSize;
