@@ -173,5 +173,5 @@ def test_leaf_op_refuses_float64(op: str) -> None:
     wide = [
         a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
     ]
-    with pytest.raises(RuntimeError, match="float64|float32"):
+    with pytest.raises(RuntimeError, match=r"float32, bfloat16 or float16|float64"):
         func(*wide)

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -71,11 +72,21 @@ def _machine() -> list[str]:
 def _built() -> list[str]:
     if not _library.NATIVE:
         return ["native library: no"]
-    lines = [f"native library: yes, CPU kernels for {_library.isa()}"]
+    lines = [f"native library: yes, CPU kernels for {_library.isa()}", _cuda_library()]
     if _library.unknown_isa():
         lines.append(f"XATTN_ISA={_library.unknown_isa()} is not available here and was ignored")
     chosen = "oneDNN" if _linear.PREFER_ONEDNN else "torch's own (F.linear)"
     return [*lines, f"float32 linears of the models on the CPU: {chosen}"]
+
+
+def _cuda_library() -> str:
+    """Whether the CUDA kernels are built, and why they do not run."""
+    built = find_spec("xattn_ops._C_cuda") is not None
+    if not built:
+        return "CUDA library: no"
+    return (
+        f"CUDA library: yes{f', not loaded: {_library.CUDA_REASON}' * bool(_library.CUDA_REASON)}"
+    )
 
 
 def _backends() -> list[str]:

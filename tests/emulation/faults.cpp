@@ -25,23 +25,36 @@ void fault(const char* format, ...) {
   __builtin_unreachable();
 }
 
+// The lines that addr2line prints of an address in this module.
+static std::vector<std::string> addr2line(const char* options, const void* address) {
+  Dl_info info;
+  if (address == nullptr || dladdr(address, &info) == 0) return {};
+  const auto offset = static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase);
+  char command[1024], line[2048];
+  snprintf(command, sizeof command, "addr2line %s -s -e '%s' 0x%zx 2>/dev/null", options,
+           info.dli_fname, static_cast<size_t>(offset));
+  FILE* pipe = popen(command, "r");
+  if (pipe == nullptr) return {};
+  std::vector<std::string> lines;
+  while (fgets(line, sizeof line, pipe) != nullptr) lines.emplace_back(line, strcspn(line, "\n"));
+  pclose(pipe);
+  return lines;
+}
+
 // " at file:line <- file:line ..."; the frames are those that were inlined into one.
 std::string place(const void* pc) {
-  Dl_info info;
-  if (pc == nullptr || dladdr(pc, &info) == 0) return "";
-  char command[1024], line[512];
-  snprintf(command, sizeof command, "addr2line -i -s -e '%s' %p 2>/dev/null", info.dli_fname,
-           reinterpret_cast<const void*>(static_cast<const char*>(pc) - 1 -
-                                         static_cast<const char*>(info.dli_fbase)));
-  FILE* pipe = popen(command, "r");
-  if (pipe == nullptr) return "";
+  if (pc == nullptr) return "";
   std::string all;
-  while (fgets(line, sizeof line, pipe) != nullptr && all.size() < 256) {
-    const std::string frame(line, strcspn(line, "\n ("));
-    all += (all.empty() ? " at " : " <- ") + frame;
+  for (const std::string& line : addr2line("-i", static_cast<const char*>(pc) - 1)) {
+    if (all.size() > 256) break;
+    all += (all.empty() ? " at " : " <- ") + line.substr(0, line.find_first_of(" ("));
   }
-  pclose(pipe);
   return all;
+}
+
+std::string function_name(const void* function) {
+  const std::vector<std::string> lines = addr2line("-f -C", function);
+  return lines.empty() ? "" : lines[0];
 }
 
 // ---------------------------------------------------------------------------- the hardware's
