@@ -35,7 +35,9 @@ class CudaCall {
     const int64_t margin = static_cast<int64_t>(cuda_host::kMargin) / each;
     whole = torch::stable::new_empty(first_, {count + 2 * margin}, dtype);
     Tensor part = torch::stable::view(torch::stable::narrow(whole, 0, margin, count), sizes);
-    cuda_host::give_fresh(part.mutable_data_ptr(), static_cast<size_t>(count * each));
+    if (count > 0) {  // else there is no address
+      cuda_host::give_fresh(part.mutable_data_ptr(), static_cast<size_t>(count * each));
+    }
     kept_.push_back(part);
     return part;
   }
