@@ -1,12 +1,12 @@
-"""Build of the native libraries: `xattn_ops._C`, every CPU kernel file once per instruction set, and
-`xattn_ops._C_cuda`, every CUDA kernel file for all architectures at once.
+"""Build of the native libraries: `xattn_ops._C`, every kernel file of the CPU once per instruction
+set, and `xattn_ops._C_cuda`, every CUDA file once for all architectures.
 
 A missing compiler or a failed compilation does not fail the installation: the package then runs on
 its PyTorch references and says so. Environment:
 
 XATTN_BUILD_NATIVE  0 skips the native build, 1 makes its failure an error (default: try)
-XATTN_BUILD_CUDA    the same for the CUDA kernels (default: try where nvcc is and torch has CUDA);
-                    1 builds them beside any torch
+XATTN_BUILD_CUDA    the same for the CUDA kernels, which are tried where torch has CUDA; 1 builds
+                    them beside any torch (default: 0 where XATTN_BUILD_NATIVE is 0)
 XATTN_CUDA_ARCHS    their architectures, as "8.0 9.0+PTX"; +PTX adds what newer cards can compile
 MAX_JOBS            compilations at a time (default: all cores)
 CXX                 the C++ compiler (default: c++)
@@ -202,12 +202,13 @@ class NativeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         for_cuda = ext.name.endswith("_cuda")
-        variable, what = "XATTN_BUILD_NATIVE", "native kernels, the package will use its references"
+        wanted = os.environ.get("XATTN_BUILD_NATIVE", "auto")
+        what = "native kernels, the package will use its references"
         if for_cuda:
-            variable, what = "XATTN_BUILD_CUDA", "CUDA kernels"
-        wanted = os.environ.get(variable, "auto")
-        if wanted == "0" or (for_cuda and os.environ.get("XATTN_BUILD_NATIVE") == "0"):
-            print(f"xattn_ops: no {what}: {variable} says so")
+            wanted = os.environ.get("XATTN_BUILD_CUDA", "0" if wanted == "0" else "auto")
+            what = "CUDA kernels"
+        if wanted == "0":
+            print(f"xattn_ops: no {what}: they are not wanted")
             return
         try:
             if for_cuda and wanted != "1" and not torch_has_cuda():

@@ -3,12 +3,14 @@ kind of fault, planted in a small kernel, in the flavour that must notice it."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.emulator import (
+    EMULATION,
     FLAVOURS,
     SCHEDULES,
     SHARED_LIMITS,
@@ -242,8 +244,6 @@ def test_sound_kernels_pass(flavour: str, name: str, schedule: str) -> None:
     + [("checked", name) for name in BY_CHECKS],
 )
 def test_planted_faults_are_noticed(flavour: str, name: str, schedule: str) -> None:
-    import re
-
     said = planted(flavour, name, True, schedule)
     assert isinstance(said, str), "not noticed"
     assert re.search((BOTH | BY_CHECKS)[name], said), said
@@ -265,8 +265,6 @@ def test_a_fault_is_told_with_its_place() -> None:
 
 
 def line_of(text: str) -> int:
-    from support.emulator import EMULATION
-
     lines = (EMULATION / "faults.cu").read_text().splitlines()
     (number,) = (i + 1 for i, line in enumerate(lines) if text in line)
     return number

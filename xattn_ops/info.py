@@ -81,12 +81,10 @@ def _built() -> list[str]:
 
 def _cuda_library() -> str:
     """Whether the CUDA kernels are built, and why they do not run."""
-    built = find_spec("xattn_ops._C_cuda") is not None
-    if not built:
+    if find_spec("xattn_ops._C_cuda") is None:
         return "CUDA library: no"
-    return (
-        f"CUDA library: yes{f', not loaded: {_library.CUDA_REASON}' * bool(_library.CUDA_REASON)}"
-    )
+    reason = _library.CUDA_REASON
+    return f"CUDA library: yes, not loaded: {reason}" if reason else "CUDA library: yes"
 
 
 def _backends() -> list[str]:
@@ -122,6 +120,8 @@ def _missing() -> list[str]:
     lines = []
     if not _library.NATIVE:
         lines.append(f"CPU kernels: {_library.REASON}")
+    if torch.version.cuda is not None and _library.CUDA_REASON:
+        lines.append(f"CUDA kernels: {_library.CUDA_REASON}")
     absent = [name for name in TOOLS if _version(name) is None]
     if absent:
         lines.append(f"{' and '.join(absent)} (demo, bench): pip install 'xattn_ops[tools]'")

@@ -58,6 +58,7 @@ void* dynamic_shared();
 void* static_shared(const void* site, size_t bytes, size_t align);  // the same one for every fiber
 
 // What a call gives its kernels: memory that they read, write as well, or find unwritten.
+bool checking();  // whether every access is checked against it
 enum class Given { kRead, kWritten, kFresh };
 void give(const void* p, size_t bytes, Given how);
 // Bytes before and after fresh memory in which no kernel may write.

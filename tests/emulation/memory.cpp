@@ -131,6 +131,8 @@ void give_fresh(void* p, size_t bytes) {
   give(p, bytes, Given::kFresh);
 }
 
+bool checking() { return settings.checking; }
+
 void give(const void* p, size_t bytes, Given how) {
   if (settings.checking) mark_given(p, bytes, how);
 }
