@@ -216,7 +216,7 @@ XATTN_DEVICE void finish(const SmallMatmul& p, const float* sums, int64_t entry,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) multiply(const __grid_constant__ Products products) {
+__global__ void __launch_bounds__(kThreads, 3) multiply(const __grid_constant__ Products products) {
   constexpr int kDepth = Tile<T>::kDepth, kTileBytes = 2 * Tile<T>::kSize * sizeof(T);
   SHARED(unsigned char, memory, [kTileBytes > kSumBytes ? kTileBytes : kSumBytes]);
   T *a = reinterpret_cast<T*>(memory), *b = a + Tile<T>::kSize;
