@@ -75,8 +75,7 @@ XATTN_DEVICE Moments token_moments(const T* x, int channels, float eps) {
   return {mean, 1 / sqrtf(warp_sum(square) / channels + eps)};
 }
 
-// Moments of values that come one after the other: relative to a value near their mean, so that
-// little cancels, then joined with those of others (Chan et al., 1979).
+// Moments of some of the channels of a token, joined with those of others (Chan et al., 1979).
 struct Spread {
   float count, mean, square;  // square: of what is apart from the mean
 };
@@ -124,7 +123,7 @@ struct Share {
   }
 };
 
-// Two values per row and register of a fragment: those of row g (row = 0) or g + 8 (row = 1).
+// What a lane holds of row g (row = 0) or g + 8 (row = 1) of a fragment.
 template <class T>
 XATTN_DEVICE void values_of(const FragmentA<T>& a, int row, float (&v)[4]) {
 #pragma unroll
@@ -141,7 +140,7 @@ XATTN_DEVICE void values_of(const FragmentA<T>& a, int row, float (&v)[4]) {
   }
 }
 
-// products [kGroups x 8 rows][kTokens], each half of the channels for itself, from s of the warps.
+// products [halves of the channels][kGroups x 8 rows][kTokens], from the fragments of a warp.
 template <int kGroups>
 XATTN_DEVICE void store_products(float* products, const float (&s)[kGroups][4],
                                  const Share& share) {
@@ -154,7 +153,7 @@ XATTN_DEVICE void store_products(float* products, const float (&s)[kGroups][4],
   }
 }
 
-// The rows of 16 channels that a warp sums over tokens: one of its tiles.
+// The channels whose sums over the tokens are a warp's.
 struct Channels {
   int first, count;  // tiles of 16
   XATTN_DEVICE explicit Channels(int channels) {

@@ -74,7 +74,8 @@ struct PoolMemory {
   }
 };
 
-// What lanes know of the mean and deviation of rows g and g + 8 while they read their channels.
+// Sums of what a lane sees of the tokens g and g + 8 while their channels pass: relative to the
+// mean of the first four, so that little cancels.
 struct LaneSpread {
   float near[2], sum[2] = {}, square[2] = {};
 

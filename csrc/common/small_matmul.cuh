@@ -276,7 +276,8 @@ Side side_of(const MatmulOperand& x, int lines, int64_t line_stride, int64_t ste
 
 }  // namespace small_matmul
 
-// Call: has launch(kernel, grid, threads, shared bytes, arguments ...), as CudaCall.
+// At most kMostProducts of them. Call: has launch(kernel, grid, threads, shared bytes, arguments
+// ...), as CudaCall.
 template <class T, class Call>
 void multiply_small(Call& call, std::initializer_list<SmallMatmul> products) {
   namespace s = small_matmul;
