@@ -20,18 +20,13 @@ struct Shape {
   static constexpr int kMostChannels = kTiles * kWarps * 16, kMostHeads = kGroups * 8;
 };
 
-// f(Shape), the first that holds the channels and heads; whether there is one. The kernels copy
-// pieces of 16 bytes.
+// f(Shape), the first that holds the channels and heads; whether there is one.
 template <class T, class F>
 bool with_shape(const Inputs<T>& in, F&& f) {
-  constexpr int64_t kPiece = 16 / sizeof(T);
-  const auto address =
-      reinterpret_cast<uintptr_t>(in.cls) | reinterpret_cast<uintptr_t>(in.patches);
-  const int64_t strides = in.cls_stride | in.patches_stride[0] | in.patches_stride[1];
-  const bool aligned = in.channels % 16 == 0 && address % 16 == 0 && strides % kPiece == 0;
   const auto try_shape = [&](auto shape) {
     using S = decltype(shape);
-    return aligned && in.channels <= S::kMostChannels && in.heads <= S::kMostHeads && f(shape);
+    return in.channels % kStep == 0 && in.channels <= S::kMostChannels &&
+           in.heads <= S::kMostHeads && f(shape);
   };
   return try_shape(Shape<6, 1>{}) || try_shape(Shape<12, 1>{}) || try_shape(Shape<12, 2>{});
 }

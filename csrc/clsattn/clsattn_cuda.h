@@ -97,14 +97,32 @@ class Workspace {
   std::vector<Tensor> held_;
 };
 
+constexpr int64_t kStep = 16;  // channels of a product: the fused kernels take multiples
+
+// The tensor itself where the fused kernels can copy pieces of 16 bytes, else a dense copy: sums
+// come out the same whatever the layout.
+inline Tensor in_pieces(const Tensor& t) {
+  if (t.size(t.dim() - 1) % kStep != 0) return dense_last(t);
+  bool fits =
+      t.stride(t.dim() - 1) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < t.dim() - 1; ++i) {
+    const int64_t bytes = t.stride(i) * static_cast<int64_t>(t.element_size());
+    fits = fits && (t.size(i) == 1 || bytes % 16 == 0);
+  }
+  if (fits) return t;
+  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
 inline Tensors make_tensors(const Tensor& cls, const Tensor& patches, const Tensor& q_weight,
                             const Optional& q_bias, const Tensor& k_weight, const Tensor& v_weight,
                             const Optional& v_bias, const Optional& norm_weight,
                             const Optional& norm_bias, const Optional& seed,
                             const Options& options) {
   using torch::stable::contiguous;
-  Tensors t{dense_last(cls),
-            dense_last(patches),
+  Tensors t{in_pieces(cls),
+            in_pieces(patches),
             contiguous(q_weight),
             contiguous(k_weight),
             contiguous(v_weight),
