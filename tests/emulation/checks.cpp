@@ -154,12 +154,16 @@ static std::string describe(const Touch& touch) {
 
 static Touch now(uint16_t who) { return {block.epoch, who, block.warp_epoch[self->warp]}; }
 
+// A later read of the same warp takes the place of one before its last __syncwarp: no write that may
+// follow the later one can race with the earlier alone.
 static void note_read(Touch& read) {
   const auto me = static_cast<uint16_t>(self->linear);
   const auto mine = static_cast<uint16_t>(kWarp | self->warp);
-  if (read.epoch != block.epoch || read.who == me) {
+  const bool same_warp = read.who == mine || (read.who < kWarp && read.who / 32 == self->warp);
+  const bool past = same_warp && read.warp_epoch != block.warp_epoch[self->warp];
+  if (read.epoch != block.epoch || read.who == me || past) {
     read = now(me);
-  } else if (read.who == mine || (read.who < kWarp && read.who / 32 == self->warp)) {
+  } else if (same_warp) {
     read = now(mine);
   } else {
     read = now(kManyWarps);

@@ -59,6 +59,7 @@ CASES = [
     _case("crossvit_15_large", 1, 100, 6, 64),
     _case("crossvit_9", 2, 49, 4, 32),
     _case("crossvit_18", 1, 49, 7, 32),
+    _case("crossvit_18_large", 2, 40, 7, 64),
     _case("no_norm", 2, 30, 3, 16, norm="none"),
     _case("norm_without_shift", 2, 30, 3, 16, norm="weight"),
     _case("eps_large", 2, 30, 3, 16, eps=0.5),
