@@ -48,7 +48,8 @@ XATTN_DEVICE void load_a(FragmentA<T>& a, const T* s, int stride) {
     const float* from = s + (l >> 2) * stride + (l & 3) * 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto pair = *reinterpret_cast<const Pack<float, 2>*>(from + (i & 1) * 8 * stride + (i >> 1) * 8);
+      const auto pair =
+          *reinterpret_cast<const Pack<float, 2>*>(from + (i & 1) * 8 * stride + (i >> 1) * 8);
       a.pairs[i][0] = pair.v[0];
       a.pairs[i][1] = pair.v[1];
     }

@@ -1,4 +1,5 @@
-// All inline PTX of the library, each instruction with the body that the emulator runs in its place.
+// All inline PTX of the library, each instruction with the body that the emulator runs in its
+// place.
 #pragma once
 
 #include "launch.cuh"

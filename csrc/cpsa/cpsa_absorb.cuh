@@ -36,9 +36,9 @@ constexpr int kAbsorbBlocks = 8;  // for each of A and B
 
 // A = c Wq^T Wk, a = c bq Wk, B = Wv^T Wo^T, b = bv Wo^T + bo. grid: kAbsorbBlocks x 2.
 template <class T>
-__global__ void __launch_bounds__(kAbsorbThreads) absorb(Weights<T> w, int P, float c, T* query,
-                                                         T* result, float* query_bias,
-                                                         float* result_bias) {
+__global__ void __launch_bounds__(kAbsorbThreads)
+    absorb(Weights<T> w, int P, float c, T* query, T* result, float* query_bias,
+           float* result_bias) {
   SHARED(float, left, [kMatrix + kColumns]);
   SHARED(float, right, [kMatrix + kColumns]);
   const bool first = blockIdx.y == 0;
@@ -73,14 +73,14 @@ __global__ void __launch_bounds__(kAbsorbThreads) absorb(Weights<T> w, int P, fl
   }
 }
 
-// The gradients of the weights from sums [2, kColumns + 1, kColumns]: dA and below it da, dB and db.
+// The gradients of the weights from sums [2, kColumns + 1, kColumns]: dA and below it da, dB and
+// db.
 //   dWq = c Wk dA^T     dbq = c Wk da      dWk = c (Wq dA + bq da^T)     dbk = 0
 //   dWv = Wo^T dB^T     dbv = Wo^T db      dWo = dB^T Wv^T + db bv^T     dbo = db
 // grid: kAbsorbBlocks x 4, one row of blocks for each of q, k, v, o.
 template <class T>
-__global__ void __launch_bounds__(kAbsorbThreads) weight_gradients(Weights<T> w, int P, float c,
-                                                                   const float* sums,
-                                                                   WeightGrads<T> grads) {
+__global__ void __launch_bounds__(kAbsorbThreads)
+    weight_gradients(Weights<T> w, int P, float c, const float* sums, WeightGrads<T> grads) {
   SHARED(float, matrix, [kMatrix + kColumns]);  // Wk, Wq, Wo, Wv
   SHARED(float, grad, [kMatrix + kColumns]);    // dA, da or dB, db
   const int which = blockIdx.y, square = P * P;
@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kAbsorbThreads) weight_gradients(Weights<T> w,
   if (which == 0) load_matrix<T>(matrix, w.qkv + square, nullptr, P);
   if (which == 1) load_matrix<T>(matrix, w.qkv, bq, P);
   if (which == 2) load_matrix<T>(matrix, w.proj, nullptr, P);
-  if (which == 3) load_matrix<T>(matrix, w.qkv + 2 * square, bq == nullptr ? nullptr : bq + 2 * P, P);
+  if (which == 3)
+    load_matrix<T>(matrix, w.qkv + 2 * square, bq == nullptr ? nullptr : bq + 2 * P, P);
   const float* const half = sums + (which < 2 ? 0 : kMatrix + kColumns);
   for (int i = threadIdx.x; i < kMatrix + kColumns; i += blockDim.x) grad[i] = half[i];
   __syncthreads();

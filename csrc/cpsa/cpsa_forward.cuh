@@ -18,7 +18,7 @@ struct ForwardCall {
   int groups;     // of channels
   int slots;      // few tokens: rows of a channel, a power of two; many: rows of keys in memory
   int slots_log2;
-  int splits;     // many tokens: into how many runs of queries a group of channels is cut
+  int splits;  // many tokens: into how many runs of queries a group of channels is cut
 };
 
 // The weights in shared memory, in front of everything else.
@@ -52,8 +52,7 @@ struct OnlineSoftmax {
   float highest[2], total[2];
   float sums[kTiles][4];  // weights times keys
 
-  XATTN_DEVICE OnlineSoftmax()
-      : highest{-INFINITY, -INFINITY}, total{0, 0}, sums{} {}
+  XATTN_DEVICE OnlineSoftmax() : highest{-INFINITY, -INFINITY}, total{0, 0}, sums{} {}
 
   // s: the logits of 8 kCount keys, -inf for keys that do not count; keys: their rows.
   template <int kCount>
@@ -82,14 +81,12 @@ struct OnlineSoftmax {
     scale_rows(sums, before[0], before[1]);
 #pragma unroll
     for (int k = 0; k < kCount / 2; ++k) {
-      multiply_step<false, false>(sums, as_a<T>(s[2 * k], s[2 * k + 1]),
-                                  keys + 16 * k * kColumns, kColumns);
+      multiply_step<false, false>(sums, as_a<T>(s[2 * k], s[2 * k + 1]), keys + 16 * k * kColumns,
+                                  kColumns);
     }
   }
 
-  XATTN_DEVICE void finish() {
-    scale_rows(sums, 1 / quad_sum(total[0]), 1 / quad_sum(total[1]));
-  }
+  XATTN_DEVICE void finish() { scale_rows(sums, 1 / quad_sum(total[0]), 1 / quad_sum(total[1])); }
 };
 
 // z -> z B + b.

@@ -92,8 +92,8 @@ template <class T, int kChannels>
 XATTN_DEVICE void pair_to_rows(const PixelPair<T, kChannels>& values, T* rows, int64_t apart) {
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    *reinterpret_cast<Pack<T, 2>*>(rows + c * apart) = {
-        {values.pixel[0].v[c], values.pixel[1].v[c]}};
+    *reinterpret_cast<Pack<T, 2>*>(rows +
+                                   c * apart) = {{values.pixel[0].v[c], values.pixel[1].v[c]}};
   }
 }
 template <int kChannels, class T>

@@ -10,8 +10,8 @@
 
 namespace xattn::cpsa_cuda {
 
-constexpr int kColumns = 56;               // of a row: the pixels of a patch and zeros
-constexpr int kTiles = kColumns / 8;       // of a product's columns
+constexpr int kColumns = 56;          // of a row: the pixels of a patch and zeros
+constexpr int kTiles = kColumns / 8;  // of a product's columns
 constexpr int kSteps = (kColumns + 15) / 16;
 constexpr int kMatrix = kColumns * kColumns;  // elements of A or B
 static_assert(kColumns % 16 == 8, "the last step is a half one");
