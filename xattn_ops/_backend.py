@@ -19,8 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _library
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+NAMESPACES = {"cuda": "xattn_ops", "triton": "xattn_triton", "cpu": "xattn_ops"}  # in torch.ops
 
 
 class Call(NamedTuple):
@@ -89,9 +92,33 @@ def triton(kernels: str) -> Refuse:
     return refuse
 
 
+def cuda(*ops: str) -> Refuse:
+    """The refusals of the CUDA kernels of these ops, for `serve`."""
+
+    def refuse(call: Call) -> str:
+        if call.dtype == torch.float64:
+            return "its CUDA kernels take float32, bfloat16 or float16, got float64"
+        return cuda_missing(*ops)
+
+    return refuse
+
+
+def cuda_missing(*ops: str) -> str:
+    """Why the CUDA kernels of these ops cannot run on the current card, or ""."""
+    if _library.CUDA_REASON:
+        return _library.CUDA_REASON
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    absent = [op for op in ops if not has_kernel(f"xattn_ops::{op}", "CUDA")]
+    if absent:
+        return f"the native library has no CUDA kernel of {', '.join(absent)}"
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"its CUDA kernels need compute capability 8.0, this card has {'.'.join(map(str, capability))}"
+    return ""
+
+
 def kernels(backend: str) -> Any:
     """The namespace in torch.ops that holds the ops of a backend."""
-    return torch.ops.xattn_triton if backend == "triton" else torch.ops.xattn_ops
+    return getattr(torch.ops, NAMESPACES[backend])
 
 
 def choose(function: str, backend: str | None, device: str, dtype: torch.dtype) -> str:

@@ -80,7 +80,17 @@ def register_triton(name: str, launch: Callable[..., Any]) -> None:
     _TRITON.define(name + torch.library.infer_schema(launch, mutates_args=()))
     for device in ("CPU", "CUDA"):  # on CPU tensors the interpreter runs it
         _TRITON.impl(name, launch, device)
-    _RULES[name](_TRITON)
+    follow(name, _TRITON)
+
+
+def leaf_ops() -> list[str]:
+    """The names of all leaf ops."""
+    return list(_RULES)
+
+
+def follow(name: str, library: torch.library.Library) -> None:
+    """Give the op `name` of another library, which takes the same arguments, the same rules."""
+    _RULES[name](library)
 
 
 class _Backward(torch.autograd.Function):

@@ -28,7 +28,7 @@ XATTN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
 
 XATTN_DEVICE DropoutWords philox(uint64_t key, DropoutWords counter) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  uint32_t(&c)[4] = counter.word;
+  uint32_t (&c)[4] = counter.word;
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint32_t high0 = multiply_high(0xD2511F53u, c[0]), low0 = 0xD2511F53u * c[0];

@@ -9,7 +9,7 @@ constexpr int kColumns = 32, kRows = 8;  // of a block
 // out[i] = sum of parts[p][i]: row r of a block adds the parts p = r, r + kRows, ..., and the first
 // row adds the rows.
 template <class T>
-__global__ void __launch_bounds__(kColumns * kRows)
+__global__ void __launch_bounds__(kColumns* kRows)
     sum_parts_kernel(const float* __restrict__ parts, T* __restrict__ out, int64_t count,
                      int64_t each) {
   SHARED(double, sums, [kRows][kColumns]);

@@ -44,6 +44,7 @@ class Description:
     free_order: tuple[str, ...] = ()  # results whose rounding depends on the number of threads
     drops: tuple[str, ...] = ()  # options of the module that drop something in training
     idle: tuple[str, ...] = ()  # parameters of the module on which nothing depends
+    unemulated: tuple[str, ...] = ()  # ids that would take the emulator of CUDA kernels too long
     one_size: bool = False  # the module has a parameter for each token of the map
 
 

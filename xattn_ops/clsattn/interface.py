@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, kernels, serve, triton
+from .._backend import choose, cuda, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
@@ -250,6 +250,7 @@ def _backward_flops(grad_out: Any, *args: Any) -> int:
 
 serve(
     "cls_cross_attention",
+    cuda=cuda("clsattn_fwd", "clsattn_bwd"),
     cpu=lambda call: missing("clsattn_fwd", "clsattn_bwd"),
     triton=triton("xattn_ops.clsattn.triton_backward"),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, kernels, serve, triton
+from .._backend import choose, cuda, kernels, serve, triton
 from .._registration import (
     apply,
     asked_for,
@@ -310,11 +310,13 @@ def _encoding_flops(x: Any, weight: Any, bias: Any, rows: int, columns: int, *_:
 
 serve(
     "conv_relative_attention",
+    cuda=cuda("convrel_fwd", "convrel_bwd"),
     cpu=lambda call: missing("convrel_fwd", "convrel_bwd"),
     triton=triton("xattn_ops.convrel.triton_backward"),
 )
 serve(
     "conv_position_encoding",
+    cuda=cuda("convpos_fwd", "convpos_bwd"),
     cpu=lambda call: missing("convpos_fwd", "convpos_bwd"),
     triton=triton("xattn_ops.convrel.triton_encoding"),
 )

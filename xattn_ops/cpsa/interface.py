@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, kernels, serve, triton
+from .._backend import choose, cuda, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
@@ -180,6 +180,7 @@ def _macs(x: tuple[int, ...], ph: int, pw: int) -> tuple[int, int]:
 
 serve(
     "cross_patch_attention",
+    cuda=cuda("cpsa_fwd", "cpsa_bwd"),
     cpu=lambda call: missing("cpsa_fwd", "cpsa_bwd"),
     triton=triton("xattn_ops.cpsa.triton_backward"),
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, kernels, serve, triton
+from .._backend import choose, cuda, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
@@ -187,6 +187,7 @@ def _fake_forward(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 serve(
     "digest_attention",
+    cuda=cuda("digest_fwd", "digest_bwd"),
     cpu=lambda call: missing("digest_fwd", "digest_bwd"),
     triton=triton("xattn_ops.digest.triton_backward"),
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, kernels, serve, triton
+from .._backend import choose, cuda, kernels, serve, triton
 from .._registration import apply, asked_for, autocast, backward_once, missing, register
 from .merge_reference import token_merge_enhance_reference
 
@@ -162,6 +162,7 @@ def _backward_flops(
 
 serve(
     "token_merge_enhance",
+    cuda=cuda("merge_fwd", "merge_bwd"),
     cpu=lambda call: missing("merge_fwd", "merge_bwd"),
     triton=triton("xattn_ops.digest.triton_merge"),
 )

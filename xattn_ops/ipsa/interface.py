@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import choose, kernels, serve, triton
+from .._backend import choose, cuda, kernels, serve, triton
 from .._dropout import draw_seed
 from .._registration import (
     apply,
@@ -148,6 +148,7 @@ def _macs(qkv: tuple[int, ...], wh: int, ww: int) -> int:
 
 serve(
     "inner_patch_attention",
+    cuda=cuda("ipsa_fwd", "ipsa_bwd"),
     cpu=lambda call: missing("ipsa_fwd", "ipsa_bwd"),
     triton=triton("xattn_ops.ipsa.triton_backward"),
 )
