@@ -20,10 +20,11 @@ struct BackwardCall {
   Map<T> grad_x;
   Absorbed<T> weights;  // result_bias is not used
   float* sums;          // [blocks, 2, kColumns + 1, kColumns]: dA and below it da, dB and db
-  int64_t items;        // that the blocks share out
+  int items;            // that the blocks share out
   int groups;           // of channels
   int slots_log2;       // few tokens: rows of a channel
-  int in_flight;        // many tokens: channels at a time
+  int channels;         // many tokens: that are loaded at once, a vector or half of one
+  int in_flight;        // and how many of these are worked on at a time
 };
 
 constexpr int kSums = 2 * (kMatrix + kColumns);
@@ -268,8 +269,28 @@ XATTN_DEVICE void matrix_gradients(const MatrixInFlight<T>& m, const SharedWeigh
   u.store(m.grad_out + first);
 }
 
-// kChannels: of which a pixel is loaded at once.
-template <class T, bool kFew, int kChannels>
+// Between a map and planes, of whole vectors of channels or of half a vector.
+template <class T>
+XATTN_DEVICE void load_channels(const BackwardCall<T>& call, const Map<const T>& map, int64_t image,
+                                int channel, int vectors_log2, int slots, T* planes) {
+  if (call.channels == kVector<T>) {
+    load_planes<kVector<T>>(call.map, map, image, channel, vectors_log2, 0, slots, planes);
+  } else {
+    load_planes<kVector<T> / 2>(call.map, map, image, channel, vectors_log2, 0, slots, planes);
+  }
+}
+template <class T>
+XATTN_DEVICE void store_channels(const BackwardCall<T>& call, int64_t image, int channel,
+                                 int vectors_log2, int slots, const T* planes) {
+  if (call.channels == kVector<T>) {
+    store_planes<kVector<T>>(call.map, call.grad_x, image, channel, vectors_log2, 0, slots, planes);
+  } else {
+    store_planes<kVector<T> / 2>(call.map, call.grad_x, image, channel, vectors_log2, 0, slots,
+                                 planes);
+  }
+}
+
+template <class T, bool kFew>
 __global__ void __launch_bounds__(kWarps<T> * 32, kFew ? 2 : 1) backward(BackwardCall<T> call) {
   using Tile = BackwardTile<T, kFew>;
   SHARED_DYNAMIC(unsigned char, memory);
@@ -278,11 +299,11 @@ __global__ void __launch_bounds__(kWarps<T> * 32, kFew ? 2 : 1) backward(Backwar
   const SharedWeights<T> weights(memory);
   weights.load(call.weights, attends);
   // Few: a block has a tile for each warp, and all of them are in flight.
-  const int matrices = kFew ? kWarps<T> : kChannels;
+  const int matrices = kFew ? kWarps<T> : call.channels;
   const int in_flight = kFew ? kWarps<T> : call.in_flight;
   const int slots = kFew ? 1 << call.slots_log2 : Tile::kRows;
   const int vectors_log2 = kFew ? 4 - call.slots_log2 : 0;
-  const int channels = kFew ? matrices * 16 / slots : kChannels;
+  const int channels = kFew ? matrices * 16 / slots : call.channels;
   T* const x = weights.rest();
   T* const grads = x + matrices * Tile::kRows * kColumns;
   T* const ys = grads + matrices * Tile::kRows * kColumns;
@@ -291,11 +312,10 @@ __global__ void __launch_bounds__(kWarps<T> * 32, kFew ? 2 : 1) backward(Backwar
   const unsigned seen = kFew ? keys_seen(g.tokens, call.slots_log2) : 0;
   WeightSums<T> sums;
 
-  for (int64_t item = blockIdx.x; item < call.items; item += gridDim.x) {
-    const int64_t image = item / call.groups;
-    const int channel = static_cast<int>(item % call.groups) * channels;
-    load_planes<kChannels>(g, call.x, image, channel, vectors_log2, 0, slots, x);
-    load_planes<kChannels>(g, call.grad_out, image, channel, vectors_log2, 0, slots, grads);
+  for (int item = blockIdx.x; item < call.items; item += gridDim.x) {
+    const int image = item / call.groups, channel = item % call.groups * channels;
+    load_channels(call, call.x, image, channel, vectors_log2, slots, x);
+    load_channels(call, call.grad_out, image, channel, vectors_log2, slots, grads);
     __syncthreads();
     // Matrices without a channel are zeros throughout.
     const int left = kFew ? (g.channels - channel) * slots : (g.channels - channel) * Tile::kRows;
@@ -318,7 +338,7 @@ __global__ void __launch_bounds__(kWarps<T> * 32, kFew ? 2 : 1) backward(Backwar
       }
       __syncthreads();
     }
-    store_planes<kChannels>(g, call.grad_x, image, channel, vectors_log2, 0, slots, grads);
+    store_channels(call, image, channel, vectors_log2, slots, grads);
     __syncthreads();
   }
   sums.store(call.sums + int64_t{blockIdx.x} * kSums);

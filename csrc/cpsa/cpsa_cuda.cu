@@ -14,9 +14,14 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Blocks over which items are spread: some for each multiprocessor of a large card. Each block of
 // a backward stores sums, so their number must not depend on the card.
-constexpr int64_t kForwardBlocks = 1024, kBackwardBlocks = 256;
+constexpr int kForwardBlocks = 1024, kBackwardBlocks = 256;
 constexpr int kFewTokens = 16, kLargestBackward = 64;
 constexpr int kStreamed = 64;  // keys in memory at a time where not all of them fit
+
+int small(int64_t n) {
+  STD_TORCH_CHECK(n <= std::numeric_limits<int>::max() / 4, "cpsa: the map is too large");
+  return static_cast<int>(n);
+}
 
 bool absorbs(const Problem& p) {
   // A single token's softmax is 1 whatever the number of heads.
@@ -65,7 +70,7 @@ void absorbed_forward(CudaCall& call, const Problem& p, Tensor& out) {
     args.slots_log2 = slots_log2(g.tokens);
     args.slots = 1 << args.slots_log2;
     args.groups = static_cast<int>(ceil_div(g.channels, kWarps<T> * 16 / args.slots));
-    args.items = g.batch * args.groups;
+    args.items = small(g.batch * args.groups);
     call.launch(forward_few<T>, grid_of(std::min(args.items, kForwardBlocks)), threads,
                 bytes(kWarps<T> * 16), args);
     return;
@@ -78,7 +83,7 @@ void absorbed_forward(CudaCall& call, const Problem& p, Tensor& out) {
   // Few images and channels: their queries are shared out, at the cost of loading keys again.
   const int64_t alone = g.batch * args.groups;
   args.splits = static_cast<int>(std::clamp<int64_t>(kForwardBlocks / 2 / alone, 1, tiles));
-  args.items = alone * args.splits;
+  args.items = small(alone * args.splits);
   call.launch(forward_many<T>, grid_of(std::min(args.items, kForwardBlocks)), threads,
               with_keys(args.slots), args);
 }
@@ -117,18 +122,17 @@ void absorbed_backward(CudaCall& call, const Problem& p, const Tensor& grad_out,
   args.grad_out = read_map<T>(call, grad_out);
   args.grad_x = write_map<T>(call, grads.x);
   args.weights = weights.pointers;
+  args.channels = plan.channels;
   args.in_flight = plan.in_flight;
   const bool few = g.tokens <= kFewTokens;
   args.slots_log2 = few ? slots_log2(g.tokens) : 0;
   const int channels = few ? kWarps<T> * 16 >> args.slots_log2 : plan.channels;
   args.groups = static_cast<int>(ceil_div(g.channels, channels));
-  args.items = g.batch * args.groups;
-  const int64_t blocks = std::min(args.items, kBackwardBlocks);
+  args.items = small(g.batch * args.groups);
+  const int blocks = std::min(args.items, kBackwardBlocks);
   Tensor parts = call.empty({blocks, kSums}, torch::headeronly::ScalarType::Float);
   args.sums = static_cast<float*>(call.write(parts));
-  const auto kernel = few                           ? backward<T, true, kVector<T>>
-                      : plan.channels == kVector<T> ? backward<T, false, kVector<T>>
-                                                    : backward<T, false, kVector<T> / 2>;
+  const auto kernel = few ? backward<T, true> : backward<T, false>;
   call.launch(kernel, grid_of(blocks), kWarps<T> * 32, plan.bytes, args);
 
   const Tensor sums = sum_parts(call, parts, torch::headeronly::ScalarType::Float);
@@ -145,11 +149,6 @@ void check_shape(const OptionalTensor& t, std::vector<int64_t> sizes, Dtype dtyp
   bool fits = t->dim() == static_cast<int64_t>(sizes.size()) && dtype_of(*t) == dtype;
   for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(i) == sizes[i];
   STD_TORCH_CHECK(fits, "cpsa: ", name, " has the wrong shape or dtype");
-}
-
-int small(int64_t n) {
-  STD_TORCH_CHECK(n <= std::numeric_limits<int>::max() / 4, "cpsa: a dimension is too large");
-  return static_cast<int>(n);
 }
 
 Problem make_problem(const Tensor& x, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,

@@ -189,7 +189,7 @@ XATTN_DEVICE void logits(float (&s)[kOthers / 8][4], const DirectCall<T>& call,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kDirectWarps * 32) direct_result(DirectCall<T> call) {
+__global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_result(DirectCall<T> call) {
   SHARED_DYNAMIC(unsigned char, memory);
   const DirectTiles<T> tiles(memory);
   const DirectItem<T> item(call);
@@ -262,7 +262,7 @@ XATTN_DEVICE void row_deltas(float (&delta)[2], const DirectCall<T>& call,
 
 // The gradient of q, and delta.
 template <class T>
-__global__ void __launch_bounds__(kDirectWarps * 32) direct_queries(DirectCall<T> call) {
+__global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_queries(DirectCall<T> call) {
   SHARED_DYNAMIC(unsigned char, memory);
   const DirectTiles<T> tiles(memory);
   const DirectItem<T> item(call);
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kDirectWarps * 32) direct_queries(DirectCall<T
 
 // The gradients of k and v; rows are keys.
 template <class T>
-__global__ void __launch_bounds__(kDirectWarps * 32) direct_keys(DirectCall<T> call) {
+__global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_keys(DirectCall<T> call) {
   SHARED_DYNAMIC(unsigned char, memory);
   const DirectTiles<T> tiles(memory);
   const DirectItem<T> item(call);

@@ -14,9 +14,9 @@ struct ForwardCall {
   Map<const T> x;
   Map<T> out;
   Absorbed<T> weights;
-  int64_t items;  // that the blocks share out
-  int groups;     // of channels
-  int slots;      // few tokens: rows of a channel, a power of two; many: rows of keys in memory
+  int items;   // that the blocks share out
+  int groups;  // of channels
+  int slots;   // few tokens: rows of a channel, a power of two; many: rows of keys in memory
   int slots_log2;
   int splits;  // many tokens: into how many runs of queries a group of channels is cut
 };
@@ -131,9 +131,10 @@ XATTN_DEVICE unsigned whole_channels(unsigned rows, int slots) {
 }
 
 template <class T>
-XATTN_DEVICE void clear_rows(T* tile, unsigned which) {
+XATTN_DEVICE void set_whole_rows(T* tile, unsigned which, float value) {
+  __syncwarp();  // the tile has been read, or written
   for (int i = lane_id(); i < 16 * kColumns; i += 32) {
-    if (which >> i / kColumns & 1) tile[i] = from_float<T>(0);
+    if (which >> i / kColumns & 1) tile[i] = from_float<T>(value);
   }
   __syncwarp();
 }
@@ -153,7 +154,7 @@ XATTN_DEVICE void attend_tile(T* tile, const SharedWeights<T>& weights, unsigned
     // the tile. Such channels are set to zero, and their results to NaN.
     strange = whole_channels(strange_rows(y), slots);
     if (strange != 0) {
-      clear_rows(tile, strange);
+      set_whole_rows(tile, strange, 0);
       x.load(tile);
       set_rows(y, weights.query_bias);
       multiply<false>(y, x, weights.query);
@@ -173,12 +174,7 @@ XATTN_DEVICE void attend_tile(T* tile, const SharedWeights<T>& weights, unsigned
   const Rows<T> result = project(x, weights);
   __syncwarp();  // the tile has been read
   result.store(tile);
-  if (strange != 0) {
-    __syncwarp();
-    for (int i = lane_id(); i < 16 * kColumns; i += 32) {
-      if (strange >> i / kColumns & 1) tile[i] = from_float<T>(NAN);
-    }
-  }
+  if (strange != 0) set_whole_rows(tile, strange, NAN);
 }
 
 // Up to 16 tokens of a channel: a tile is 16 / slots channels, a block takes kWarps tiles.
@@ -193,9 +189,8 @@ __global__ void __launch_bounds__(kWarps<T> * 32, 2) forward_few(ForwardCall<T> 
   const int vectors_log2 = 4 - call.slots_log2, channels = kWarps<T> * 16 / call.slots;
   T* const tile = planes + warp_id() * 16 * kColumns;
   const int tile_channel = warp_id() * 16 / call.slots;
-  for (int64_t item = blockIdx.x; item < call.items; item += gridDim.x) {
-    const int64_t image = item / call.groups;
-    const int channel = static_cast<int>(item % call.groups) * channels;
+  for (int item = blockIdx.x; item < call.items; item += gridDim.x) {
+    const int image = item / call.groups, channel = item % call.groups * channels;
     load_planes<kVector<T>>(call.map, call.x, image, channel, vectors_log2, 0, call.slots, planes);
     __syncthreads();
     if (channel + tile_channel < call.map.channels) {
@@ -245,10 +240,9 @@ __global__ void __launch_bounds__(kWarps<T> * 32, 2) forward_many(ForwardCall<T>
   const bool streams = call.slots < g.tokens;
   T* const own = stage + warp_id() * 16 * kColumns;
   const T* const keys = planes + warp_id() * call.slots * kColumns;
-  for (int64_t item = blockIdx.x; item < call.items; item += gridDim.x) {
-    const int split = static_cast<int>(item % call.splits);
-    const int channel = static_cast<int>(item / call.splits % call.groups) * kVector<T>;
-    const int64_t image = item / call.splits / call.groups;
+  for (int item = blockIdx.x; item < call.items; item += gridDim.x) {
+    const int split = item % call.splits, group = item / call.splits;
+    const int image = group / call.groups, channel = group % call.groups * kVector<T>;
     if (!streams) load_planes<kVector<T>>(g, call.x, image, channel, 0, 0, call.slots, planes);
     const int end = static_cast<int>(int64_t{tiles} * (split + 1) / call.splits);
     for (int tile = static_cast<int>(int64_t{tiles} * split / call.splits); tile < end; ++tile) {

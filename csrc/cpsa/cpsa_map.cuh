@@ -53,13 +53,15 @@ XATTN_DEVICE PixelPair<T, kChannels> read_pair(const Geometry& g, const Map<cons
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t offset = pixel_offset(g, map, token, 2 * pair + i);
-    if (map.wide && offset >= 0 && channel < g.channels) {
-      values.pixel[i] = *reinterpret_cast<const Pack<T, kChannels>*>(from + offset);
-    } else {
+    values.pixel[i] = {};
+    if (map.wide) {
+      if (offset >= 0 && channel < g.channels) {
+        values.pixel[i] = *reinterpret_cast<const Pack<T, kChannels>*>(from + offset);
+      }
+    } else if (offset >= 0) {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        const bool there = !map.wide && offset >= 0 && channel + c < g.channels;
-        values.pixel[i].v[c] = there ? from[offset + c] : from_float<T>(0);
+        if (channel + c < g.channels) values.pixel[i].v[c] = from[offset + c];
       }
     }
   }
