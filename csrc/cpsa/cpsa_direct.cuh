@@ -25,8 +25,10 @@ struct DirectCall {
   float scale;  // of the logits in base 2
   Dropout dropout;
   const T* qkv;
-  T* out;             // the heads' results: written by the forward, read by the backward
-  float* lse;         // [units, tokens]: log2 of the sum of a row's exponentials; null: not wanted
+  T* out;  // the heads' results: written by the forward, read by the backward
+  // [2, units, tokens]: of each row the highest logit, and 1 over the sum of its exponentials: as
+  // one logarithm they would round the weights of large logits. Null where they are not wanted.
+  float* statistics;
   const T* grad_out;  // of the heads' results
   float* delta;       // [units, tokens]: of each row the sum of weights times their gradients
   T* grad_qkv;
@@ -232,11 +234,14 @@ __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_result(DirectCall
   scale_rows(sums, 1 / total[0], 1 / total[1]);
   const Tokens<T> out = tokens_of(call, item, call.out);
   store_part(sums, out, item.tile * 16, item.part, 1.0f);
-  if (call.lse == nullptr || item.part > 0 || (lane_id() & 3) != 0) return;
+  if (call.statistics == nullptr || item.part > 0 || (lane_id() & 3) != 0) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int q = item.tile * 16 + (lane_id() >> 2) + 8 * r;
-    if (q < call.tokens) call.lse[item.unit * call.tokens + q] = highest[r] + log2f(total[r]);
+    if (q >= call.tokens) continue;
+    float* const to = call.statistics + item.unit * call.tokens + q;
+    to[0] = highest[r];
+    to[call.units * call.tokens] = 1 / total[r];
   }
 }
 
@@ -268,12 +273,15 @@ __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_queries(DirectCal
   const DirectItem<T> item(call);
   if (item.unit >= call.units) return;
   const int row = item.tile * 16;
-  float delta[2], lse[2], sums[kPartTiles][4] = {};
+  float delta[2], highest[2] = {}, factor[2] = {}, sums[kPartTiles][4] = {};
   row_deltas(delta, call, item);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int q = row + (lane_id() >> 2) + 8 * r;
-    lse[r] = q < call.tokens ? call.lse[item.unit * call.tokens + q] : 0;
+    if (q >= call.tokens) continue;
+    const float* const from = call.statistics + item.unit * call.tokens + q;
+    highest[r] = from[0];
+    factor[r] = from[call.units * call.tokens];
   }
   for (int key = 0; key < call.tokens; key += kOthers) {
     float s[kOthers / 8][4], dw[kOthers / 8][4];
@@ -284,7 +292,8 @@ __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_queries(DirectCal
       const float keep = call.dropout.seed == nullptr
                              ? 1.0f
                              : keep_weight(call.dropout, item.unit, q, k, call.tokens);
-      s[n][j] = ptx::exp2(s[n][j] - lse[j >> 1]) * (dw[n][j] * keep - delta[j >> 1]);
+      const float weight = ptx::exp2(s[n][j] - highest[j >> 1]) * factor[j >> 1];
+      s[n][j] = weight * (dw[n][j] * keep - delta[j >> 1]);
     });
     add_tokens(sums, s, tiles, tokens_of(call, item, 1), key, item.part);
   }
@@ -316,7 +325,9 @@ __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_keys(DirectCall<T
       const float keep = call.dropout.seed == nullptr
                              ? 1.0f
                              : keep_weight(call.dropout, item.unit, q, k, call.tokens);
-      const float weight = ptx::exp2(w[n][j] * call.scale - call.lse[at]);
+      const float* const row_of = call.statistics + at;
+      const float weight =
+          ptx::exp2(w[n][j] * call.scale - row_of[0]) * row_of[call.units * call.tokens];
       ds[n][j] = weight * (ds[n][j] * keep - call.delta[at]);
       w[n][j] = weight * keep;
     });

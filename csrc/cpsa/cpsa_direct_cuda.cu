@@ -54,11 +54,11 @@ class Direct {
   void backward(const Tensor& grad_out, Gradients& grads) {
     const Tensor x = to_rows(p_.x), grad_rows = to_rows(grad_out), qkv = project(x);
     Tensor heads = rows(count_, width_), grad_qkv = rows(count_, 3 * width_);
-    Tensor lse = call_.empty({count_ * p_.heads}, ScalarType::Float);
+    Tensor statistics = call_.empty({2, count_ * p_.heads}, ScalarType::Float);
     Tensor delta = call_.empty({count_ * p_.heads}, ScalarType::Float);
     const Tensor grad_heads = multiply_rows<true>(grad_rows, proj_weight_, width_, nullptr);
     DirectCall<T> args = arguments(qkv, heads);
-    args.lse = static_cast<float*>(call_.write(lse));
+    args.statistics = static_cast<float*>(call_.write(statistics));
     args.delta = static_cast<float*>(call_.write(delta));
     args.grad_out = read(grad_heads);
     args.grad_qkv = write(grad_qkv);

@@ -148,16 +148,17 @@ XATTN_DEVICE void attend_tile(T* tile, const SharedWeights<T>& weights, unsigned
   unsigned strange = 0;
   if (attends) {
     float y[kTiles][4];
-    set_rows(y, weights.query_bias);
-    multiply<false>(y, x, weights.query);
     // Products with weights of zero would carry what is not finite from one channel into others of
-    // the tile. Such channels are set to zero, and their results to NaN.
-    strange = whole_channels(strange_rows(y), slots);
-    if (strange != 0) {
-      set_whole_rows(tile, strange, 0);
-      x.load(tile);
+    // the tile. Such channels are set to zero, for another try, and their results to NaN.
+#pragma unroll 1
+    for (;;) {
       set_rows(y, weights.query_bias);
       multiply<false>(y, x, weights.query);
+      const unsigned rows = strange != 0 ? 0 : strange_rows(y);
+      if (rows == 0) break;
+      strange = whole_channels(rows, slots);
+      set_whole_rows(tile, strange, 0);
+      x.load(tile);
     }
     x.set(y);
     float s[2][4] = {};
