@@ -120,7 +120,7 @@ XATTN_DEVICE void head_products(float (&c)[kOthers / 8][4], const DirectTiles<T>
     for (int k = 0; k < kPart && column + k < left.padded; k += 16) {
       FragmentA<T> a;
       load_a(a, tiles.left + k, kPartStride);
-      multiply_step<true, false>(c, a, tiles.right + k, kPartStride);
+      multiply_step<true, false, true>(c, a, tiles.right + k, kPartStride);
     }
   }
 }
@@ -142,8 +142,8 @@ XATTN_DEVICE void add_tokens(float (&sums)[kPartTiles][4], const float (&weights
       if (8 * n >= width) continue;
       FragmentB<T> b[2];
       load_b_pair_transposed(b, tiles.right + 16 * k * kPartStride + 8 * n, kPartStride);
-      multiply_add(sums[n], a, b[0]);
-      multiply_add(sums[n + 1], a, b[1]);
+      multiply_add_exact(sums[n], a, b[0]);
+      multiply_add_exact(sums[n + 1], a, b[1]);
     }
   }
 }

@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kProductThreads)
       } else {
         load_a(rows, left + warp * 16 * kNarrow + k, kNarrow);
       }
-      multiply_step<!kSumFirstB, false>(sums, rows, right + k * (kSumFirstB ? kBroad : 1),
-                                        kSumFirstB ? kBroad : kNarrow);
+      multiply_step<!kSumFirstB, false, true>(sums, rows, right + k * (kSumFirstB ? kBroad : 1),
+                                              kSumFirstB ? kBroad : kNarrow);
     }
     __syncthreads();
   }

@@ -143,9 +143,9 @@ XATTN_DEVICE void load_tiles(FragmentB<T> (&b)[2], const T* s, int stride) {
   }
 }
 
-// c [16, 8 kCount] += a [16, 16 or 8] m.
+// c [16, 8 kCount] += a [16, 16 or 8] m. kExact: see multiply_add_exact.
 // m: [16 or 8, 8 kCount], kTransposed: [8 kCount, 16 or 8].
-template <bool kTransposed, bool kHalf, int kCount, class T>
+template <bool kTransposed, bool kHalf, bool kExact = false, int kCount, class T>
 XATTN_DEVICE void multiply_step(float (&c)[kCount][4], const FragmentA<T>& a, const T* m,
                                 int stride) {
 #pragma unroll
@@ -162,6 +162,8 @@ XATTN_DEVICE void multiply_step(float (&c)[kCount][4], const FragmentA<T>& a, co
       if (n + i >= kCount) continue;
       if constexpr (kHalf) {
         multiply_add_half(c[n + i], a, b[i]);
+      } else if constexpr (kExact) {
+        multiply_add_exact(c[n + i], a, b[i]);
       } else {
         multiply_add(c[n + i], a, b[i]);
       }
