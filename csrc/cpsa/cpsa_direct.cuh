@@ -25,7 +25,7 @@ struct DirectCall {
   float scale;  // of the logits in base 2
   Dropout dropout;
   const T* qkv;
-  T* out;  // the heads' results: written by the forward, read by the backward
+  T* out;  // the heads' results
   // [2, units, tokens]: of each row the highest logit, and 1 over the sum of its exponentials: as
   // one logarithm they would round the weights of large logits. Null where they are not wanted.
   float* statistics;
@@ -245,27 +245,27 @@ __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_result(DirectCall
   }
 }
 
-// delta of rows g and g + 8: the product of a result with its gradient, over the head.
+// Of 16 queries and the keys from `key` on: w, the weights before dropout, and dw, the gradients of
+// these. highest, factor: the statistics of rows g and g + 8.
 template <class T>
-XATTN_DEVICE void row_deltas(float (&delta)[2], const DirectCall<T>& call,
-                             const DirectItem<T>& item) {
-  const Tokens<T> out = tokens_of(call, item, call.out);
-  const Tokens<T> grad = tokens_of(call, item, call.grad_out);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int q = item.tile * 16 + (lane_id() >> 2) + 8 * r;
-    float sum = 0;
-    for (int d = lane_id() & 3; d < out.padded && q < call.tokens; d += 4) {
-      sum += to_float(out.first[q * out.stride + d]) * to_float(grad.first[q * grad.stride + d]);
+XATTN_DEVICE void query_weights(float (&w)[kOthers / 8][4], float (&dw)[kOthers / 8][4],
+                                const DirectCall<T>& call, const DirectItem<T>& item,
+                                const DirectTiles<T>& tiles, int key, const float (&highest)[2],
+                                const float (&factor)[2]) {
+  const int row = item.tile * 16;
+  logits(w, call, item, tiles, key);
+  head_products(dw, tiles, tokens_of(call, item, call.grad_out), tokens_of(call, item, 2), row,
+                key);
+  for_elements(row, key, [&](int n, int j, int q, int k) {
+    w[n][j] = ptx::exp2(w[n][j] - highest[j >> 1]) * factor[j >> 1];
+    if (call.dropout.seed != nullptr) {
+      dw[n][j] *= keep_weight(call.dropout, item.unit, q, k, call.tokens);
     }
-    delta[r] = quad_sum(sum);
-    if (q < call.tokens && item.part == 0 && (lane_id() & 3) == 0) {
-      call.delta[item.unit * call.tokens + q] = delta[r];
-    }
-  }
+  });
 }
 
-// The gradient of q, and delta.
+// The gradient of q, and delta: from the very weights and gradients that it is taken off, lest
+// their rounding errors differ.
 template <class T>
 __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_queries(DirectCall<T> call) {
   SHARED_DYNAMIC(unsigned char, memory);
@@ -273,8 +273,7 @@ __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_queries(DirectCal
   const DirectItem<T> item(call);
   if (item.unit >= call.units) return;
   const int row = item.tile * 16;
-  float delta[2], highest[2] = {}, factor[2] = {}, sums[kPartTiles][4] = {};
-  row_deltas(delta, call, item);
+  float delta[2] = {}, highest[2] = {}, factor[2] = {}, sums[kPartTiles][4] = {};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int q = row + (lane_id() >> 2) + 8 * r;
@@ -283,19 +282,26 @@ __global__ void __launch_bounds__(kDirectWarps * 32, 2) direct_queries(DirectCal
     highest[r] = from[0];
     factor[r] = from[call.units * call.tokens];
   }
+  float w[kOthers / 8][4], dw[kOthers / 8][4];
   for (int key = 0; key < call.tokens; key += kOthers) {
-    float s[kOthers / 8][4], dw[kOthers / 8][4];
-    logits(s, call, item, tiles, key);
-    head_products(dw, tiles, tokens_of(call, item, call.grad_out), tokens_of(call, item, 2), row,
-                  key);
-    for_elements(row, key, [&](int n, int j, int q, int k) {
-      const float keep = call.dropout.seed == nullptr
-                             ? 1.0f
-                             : keep_weight(call.dropout, item.unit, q, k, call.tokens);
-      const float weight = ptx::exp2(s[n][j] - highest[j >> 1]) * factor[j >> 1];
-      s[n][j] = weight * (dw[n][j] * keep - delta[j >> 1]);
-    });
-    add_tokens(sums, s, tiles, tokens_of(call, item, 1), key, item.part);
+    query_weights(w, dw, call, item, tiles, key, highest, factor);
+    for_elements(row, key, [&](int n, int j, int, int) { delta[j >> 1] += w[n][j] * dw[n][j]; });
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int q = row + (lane_id() >> 2) + 8 * r;
+    delta[r] = quad_sum(delta[r]);
+    if (q < call.tokens && item.part == 0 && (lane_id() & 3) == 0) {
+      call.delta[item.unit * call.tokens + q] = delta[r];
+    }
+  }
+  for (int key = 0; key < call.tokens; key += kOthers) {
+    // The only keys are still at hand.
+    if (call.tokens > kOthers) {
+      query_weights(w, dw, call, item, tiles, key, highest, factor);
+    }
+    for_elements(row, key, [&](int n, int j, int, int) { w[n][j] *= dw[n][j] - delta[j >> 1]; });
+    add_tokens(sums, w, tiles, tokens_of(call, item, 1), key, item.part);
   }
   DirectCall<T> to = call;
   to.qkv = call.grad_qkv;
