@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.cases import backends, dtypes, interpreted
 from support.cpsa import CASES, cpsa
+from support.emulator import SHARED_LIMITS, emulated, emulator
 from support.oracle import check_against_float64
 
 from xattn_ops import CrossPatchAttention, cross_patch_attention
@@ -43,18 +44,41 @@ def test_nan_stays_in_its_channel(num_heads: int, dtype: torch.dtype, backend: s
     assert torch.equal(out.isnan(), expected)
 
 
-@interpreted
-def test_nan_stays_in_its_channel_of_a_shared_matrix() -> None:
-    """The Triton kernels put the few tokens of several channels into one matrix."""
+def check_nan_stays_in_its_channel_of_a_shared_matrix(backend: str, dtype: torch.dtype) -> None:
+    """Kernels for GPUs put the few tokens of several channels into one matrix."""
     case = cpsa(1, 14, 14, 18)
-    tensors = case.tensors(torch.float32, requires_grad=False)
+    tensors = case.tensors(dtype, requires_grad=False)
     tensors["x"][0, 8, 9, 4] = math.nan
     tensors["x"][0, 8, 9, 6] = math.inf
-    out = cross_patch_attention(**tensors, backend="triton", **case.options)
+    out = cross_patch_attention(**tensors, backend=backend, **case.options)
     strange = (~out.isfinite()).all((0, 1, 2))
     assert strange.nonzero().flatten().tolist() == [4, 6]
     others = [c for c in range(18) if not strange[c]]
     assert out[..., others].isfinite().all()
+
+
+@interpreted
+def test_nan_stays_in_its_channel_of_a_shared_matrix_of_triton() -> None:
+    check_nan_stays_in_its_channel_of_a_shared_matrix("triton", torch.float32)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_nan_stays_in_its_channel_of_a_shared_matrix_of_cuda(dtype: torch.dtype) -> None:
+    with emulator("checked"):
+        check_nan_stays_in_its_channel_of_a_shared_matrix("cuda", dtype)
+
+
+# What the cases of all operators leave out of the CUDA kernels: keys of many tokens that stay in
+# shared memory or stream through it, in every type, and as many channels at a time as a card holds.
+@emulated
+@pytest.mark.parametrize("card", SHARED_LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["many_tokens", "tokens_64"])
+def test_many_tokens_on_every_card(name: str, dtype: torch.dtype, card: str) -> None:
+    (case,) = (given.values[0] for given in CASES if given.id == name)
+    with emulator("plain", shared_limit=SHARED_LIMITS[card]):
+        check_against_float64(case, dtype, "cuda")
 
 
 @interpreted

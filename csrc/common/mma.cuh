@@ -48,7 +48,8 @@ XATTN_DEVICE void load_a(FragmentA<T>& a, const T* s, int stride) {
     const float* from = s + (l >> 2) * stride + (l & 3) * 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto pair = *reinterpret_cast<const Pack<float, 2>*>(from + (i & 1) * 8 * stride + (i >> 1) * 8);
+      const auto pair =
+          *reinterpret_cast<const Pack<float, 2>*>(from + (i & 1) * 8 * stride + (i >> 1) * 8);
       a.pairs[i][0] = pair.v[0];
       a.pairs[i][1] = pair.v[1];
     }
@@ -145,31 +146,84 @@ XATTN_DEVICE FragmentA<T> as_a(const float (&left)[4], const float (&right)[4]) 
   }
 }
 
+// c += a b, of float: columns 8 half .. 8 half + 7 of a. Columns c and c + 1 of a pair take the
+// places k and k + 4 of the instruction, in a and b alike: the order of a sum's terms is free.
+XATTN_DEVICE void multiply_add_tf32(float (&c)[4], const FragmentA<float>& a,
+                                    const FragmentB<float>& b, int half) {
+  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float x = a.pairs[2 * half + (i & 1)][i >> 1];
+    a_high[i] = ptx::to_tf32(x);
+    a_low[i] = ptx::to_tf32(x - __uint_as_float(a_high[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float x = b.pairs[half][i];
+    b_high[i] = ptx::to_tf32(x);
+    b_low[i] = ptx::to_tf32(x - __uint_as_float(b_high[i]));
+  }
+  ptx::mma_m16n8k8_tf32(c, a_low, b_high);  // the small ones first
+  ptx::mma_m16n8k8_tf32(c, a_high, b_low);
+  ptx::mma_m16n8k8_tf32(c, a_high, b_high);
+}
+
 template <class T>
 XATTN_DEVICE void multiply_add(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (kIsShort<T>) {
     ptx::mma_m16n8k16<kIsBf16<T>>(c, a.pairs, b.pairs);
   } else {
-    // Columns c and c + 1 of a pair take the places k and k + 4 of the instruction, in A and B
-    // alike: the order of a sum's terms is free.
+    multiply_add_tf32(c, a, b, 0);
+    multiply_add_tf32(c, a, b, 1);
+  }
+}
+
+// The same with columns 0 .. 7 of a and rows 0 .. 7 of b alone; the rest need not be set.
+template <class T>
+XATTN_DEVICE void multiply_add_half(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
+  if constexpr (kIsShort<T>) {
+    ptx::mma_m16n8k8<kIsBf16<T>>(c, a.pairs, b.pairs);
+  } else {
+    multiply_add_tf32(c, a, b, 0);
+  }
+}
+
+// The same as multiply_add with nothing left out of a product of floats, at twice the cost: three
+// parts of each value and the six products that reach 2^-24. For sums of few terms, where the
+// rounding of float itself is hardly more than what multiply_add leaves out.
+template <class T>
+XATTN_DEVICE void multiply_add_exact(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
+  if constexpr (kIsShort<T>) {
+    multiply_add(c, a, b);
+  } else {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+      uint32_t left[3][4], right[3][2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float x = a.pairs[2 * half + (i & 1)][i >> 1];
-        a_high[i] = ptx::to_tf32(x);
-        a_low[i] = ptx::to_tf32(x - __uint_as_float(a_high[i]));
+        float x = a.pairs[2 * half + (i & 1)][i >> 1];
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+          left[part][i] = ptx::to_tf32(x);
+          x -= __uint_as_float(left[part][i]);
+        }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float x = b.pairs[half][i];
-        b_high[i] = ptx::to_tf32(x);
-        b_low[i] = ptx::to_tf32(x - __uint_as_float(b_high[i]));
+        float x = b.pairs[half][i];
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+          right[part][i] = ptx::to_tf32(x);
+          x -= __uint_as_float(right[part][i]);
+        }
       }
-      ptx::mma_m16n8k8_tf32(c, a_low, b_high);  // the small ones first
-      ptx::mma_m16n8k8_tf32(c, a_high, b_low);
-      ptx::mma_m16n8k8_tf32(c, a_high, b_high);
+#pragma unroll
+      for (int sum = 2; sum >= 0; --sum) {  // the small ones first
+#pragma unroll
+        for (int part = 0; part <= sum; ++part) {
+          ptx::mma_m16n8k8_tf32(c, left[part], right[sum - part]);
+        }
+      }
     }
   }
 }

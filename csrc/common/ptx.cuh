@@ -1,4 +1,5 @@
-// All inline PTX of the library, each instruction with the body that the emulator runs in its place.
+// All inline PTX of the library, each instruction with the body that the emulator runs in its
+// place.
 #pragma once
 
 #include "launch.cuh"
@@ -21,6 +22,13 @@ XATTN_DEVICE void ldmatrix(uint32_t* r, const void* row) {
 template <bool kBf16>
 XATTN_DEVICE void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
   cuda_host::mma_m16n8k16(d, a, b[0], b[1], kBf16);
+}
+
+// The same with a [16, 8] b [8, 8]: the first half of either.
+template <bool kBf16>
+XATTN_DEVICE void mma_m16n8k8(float* d, const uint32_t* a, const uint32_t* b) {
+  const uint32_t padded[4] = {a[0], a[1], 0, 0};
+  cuda_host::mma_m16n8k16(d, padded, b[0], 0, kBf16);
 }
 
 // d [16, 8] += a [16, 8] b [8, 8] of tf32.
@@ -99,6 +107,21 @@ XATTN_DEVICE void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
         "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+template <bool kBf16>
+XATTN_DEVICE void mma_m16n8k8(float* d, const uint32_t* a, const uint32_t* b) {
+  if constexpr (kBf16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
   }
 }
 
