@@ -188,14 +188,15 @@ XATTN_DEVICE void multiply_add_half(float (&c)[4], const FragmentA<T>& a, const 
   }
 }
 
-// The same as multiply_add with nothing left out of a product of floats, at twice the cost: three
-// parts of each value and the six products that reach 2^-24. For sums of few terms, where the
-// rounding of float itself is hardly more than what multiply_add leaves out.
+// The same as multiply_add, for float with hardly a rounding error at twice the cost: three parts
+// of each value, the six products that reach 2^-24, and one addition to c for all of them. For sums
+// of very few terms, which float itself rounds little, and of hundreds.
 template <class T>
 XATTN_DEVICE void multiply_add_exact(float (&c)[4], const FragmentA<T>& a, const FragmentB<T>& b) {
   if constexpr (kIsShort<T>) {
     multiply_add(c, a, b);
   } else {
+    float sums[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t left[3][4], right[3][2];
@@ -221,10 +222,12 @@ XATTN_DEVICE void multiply_add_exact(float (&c)[4], const FragmentA<T>& a, const
       for (int sum = 2; sum >= 0; --sum) {  // the small ones first
 #pragma unroll
         for (int part = 0; part <= sum; ++part) {
-          ptx::mma_m16n8k8_tf32(c, left[part], right[sum - part]);
+          ptx::mma_m16n8k8_tf32(sums, left[part], right[sum - part]);
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sums[i];
   }
 }
 

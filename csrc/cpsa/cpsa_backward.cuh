@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kWarps<T> * 32, kFew ? 2 : 1) backward(Backwar
     load_channels(call, call.grad_out, image, channel, vectors_log2, slots, grads);
     __syncthreads();
     // Matrices without a channel are zeros throughout.
-    const int left = kFew ? (g.channels - channel) * slots : (g.channels - channel) * Tile::kRows;
+    const int left = (g.channels - channel) * slots;  // rows
     const int whole = min(matrices, (left + Tile::kRows - 1) / Tile::kRows);
     for (int first = 0; first < whole; first += in_flight) {
       const int count = min(in_flight, whole - first);
