@@ -54,7 +54,7 @@ struct Backward {
     grad_values = U::kPairs ? arena.take<Elem>(values) : grad_rows;
     spill = arena.take<T>(U::kTileRows * u.columns());
     exponentials = arena.take<T>(U::kTileRows * u.weight_stride());
-    inverse = arena.take<T>(2 * L);
+    inverse = arena.take<T>(U::kPerRow);
     tail_logit = arena.take<T>(round_up(u.rows(), L) + L);
     tail_grad = arena.take<T>(round_up(u.rows(), L) + L);
     dropout = arena.take<T>(a.dropout_p > 0 ? round_up(u.rows(), 4) * u.weight_stride() + L : 0);
@@ -76,7 +76,7 @@ struct Backward {
   XATTN_MEMBER void score_gradients(int64_t i0, T* bias_grad) const {
     const int64_t columns = u.columns(), stride = u.weight_stride();
     const T* factors = u.args.dropout_p > 0 ? dropout + i0 * stride : nullptr;
-    alignas(64) T delta[2 * L], tail_p[2 * L], tail_g[2 * L];
+    alignas(64) T delta[U::kPerRow], tail_p[U::kPerRow], tail_g[U::kPerRow];
     if (u.has_tail()) {
       for (int r = 0; r < R; ++r) {
         tail_p[r] = exponentials[r * stride + columns] * inverse[r];

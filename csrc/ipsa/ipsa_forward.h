@@ -61,7 +61,7 @@ struct Forward {
     keys = arena.take<Elem>(u.stride_d() * u.columns());
     values = arena.take<Elem>(u.steps_n() * u.width_d());
     spill = arena.take<T>(U::kTileRows * u.columns());
-    for (auto& each : inverse) each = arena.take<T>(2 * U::L);
+    for (auto& each : inverse) each = arena.take<T>(U::kPerRow);
     tail = arena.take<T>(round_up(u.rows(), U::L) + U::L);
     for (auto& each : weights) each = arena.take<Weight>(U::kTileRows * u.weight_stride());
     dropout = arena.take<T>(a.dropout_p > 0 ? (u.n() + 3) / 4 * 4 * u.weight_stride() + U::L : 0);

@@ -40,6 +40,8 @@ struct Unit {
   // Vectors of keys without the tail, where known: few enough stay in registers.
   static constexpr int kColumnsKnown = kTokens ? (kTokens - (kTokens % L == 1) + L - 1) / L : 0;
   static constexpr bool kLoneRow = kTokens % kRows == 1;
+  // A value for each row of a tile, read and written by the vector.
+  static constexpr int kPerRow = (kRows + L - 1) / L * L + L;
 
   const IpsaArgs& args;
 
@@ -139,8 +141,8 @@ struct Unit {
     const int64_t columns = this->columns(), stride = weight_stride();
     const T* bias = logits.bias + i0 * columns;
     const T* mask = logits.mask ? logits.mask + i0 * columns : nullptr;
-    alignas(64) T top[2 * L], tails[2 * L], sums[2 * L];  // per row of the tile
-    alignas(64) W tail_weights[2 * L];
+    alignas(64) T top[kPerRow], tails[kPerRow], sums[kPerRow];  // per row of the tile
+    alignas(64) W tail_weights[kPerRow];
 
     // From the logits of each row, given as vectors by logit(r, c), to its weights.
     const auto softmax = [&](auto vectors, auto logit) XATTN_LAMBDA_INLINE {
