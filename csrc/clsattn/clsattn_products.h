@@ -22,8 +22,9 @@ struct Matrix {
 };
 
 // out[r * C + c] = x(r) . w(c) over n channels, lanes are channels; whole vectors of x are read.
+// Not inlined: one copy for all products, which would take minutes to compile otherwise.
 template <int R, int C, class T, class S>
-XATTN_INLINE void dot_tile(Matrix<T> x, Matrix<S> w, int64_t n, T* out) {
+__attribute__((noinline)) void dot_tile(Matrix<T> x, Matrix<S> w, int64_t n, T* out) {
   constexpr int L = Lanes<T>::n;
   vec<T> acc[R * C] = {};
   const auto step = [&](int64_t at, auto get) XATTN_LAMBDA_INLINE {

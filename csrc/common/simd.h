@@ -265,25 +265,49 @@ struct Max {
   }
 };
 
-// [a0+a1, a2+a3, ..., b0+b1, ...] for op = Add
-template <class Op, class V>
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Lane i of the left or right side of a fold where crossing the halves of a vector is dear: lanes
+// fold with their neighbours within a half, and the halves last, when kLeft lanes a row are two.
+template <int kSide, int kLeft>
+constexpr int side_lane(int i, int lanes) {
+  const int half = lanes / 2, block = i / half * half, j = i % half;
+  if (kLeft == 2) return i < half ? kSide * half + i : lanes + kSide * half + j;
+  return j < half / 2 ? block + 2 * j + kSide : lanes + block + 2 * (j - half / 2) + kSide;
+}
+template <int kSide, int kLeft, class V, int... I>
+XATTN_INLINE V fold_side(V a, V b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, side_lane<kSide, kLeft>(I, sizeof...(I))...);
+}
+#else
+template <int kSide, int kLeft, class V, class I>
+XATTN_INLINE V fold_side(V a, V b, I indices) {
+  return every_other<kSide>(a, b, indices);
+}
+#endif
+
+// [a0+a1, a2+a3, ..., b0+b1, ...] for op = Add, in some order of lanes; a row has kLeft lanes left.
+template <class Op, int kLeft, class V>
 XATTN_INLINE V fold_neighbours(V a, V b) {
   using I = typename MakeIndices<sizeof(V) / sizeof(a[0])>::type;
-  return Op{}(every_other<0>(a, b, I{}), every_other<1>(a, b, I{}));
+  return Op{}(fold_side<0, kLeft>(a, b, I{}), fold_side<1, kLeft>(a, b, I{}));
+}
+template <class Op, int kLeft, class V>
+XATTN_INLINE V fold_alone(V v) {
+  if constexpr (kLeft == 1) {
+    return v;
+  } else {
+    return fold_alone<Op, kLeft / 2>(fold_neighbours<Op, kLeft>(v, v));
+  }
 }
 template <class Op, int kCount, class V, int kRows>
 XATTN_INLINE V fold_rounds(V (&rows)[kRows]) {
+  constexpr int kLeft = sizeof(V) / sizeof(rows[0][0]) * kCount / kRows;
   if constexpr (kCount == 1) {
-    V v = rows[0];
-    XATTN_UNROLL
-    for (int lanes = sizeof(V) / sizeof(v[0]) / kRows; lanes > 1; lanes /= 2) {
-      v = fold_neighbours<Op>(v, v);
-    }
-    return v;
+    return fold_alone<Op, kLeft>(rows[0]);
   } else {
     XATTN_UNROLL
     for (int i = 0; i < kCount / 2; ++i) {
-      rows[i] = fold_neighbours<Op>(rows[2 * i], rows[2 * i + 1]);
+      rows[i] = fold_neighbours<Op, kLeft>(rows[2 * i], rows[2 * i + 1]);
     }
     return fold_rounds<Op, kCount / 2>(rows);
   }
@@ -371,11 +395,12 @@ XATTN_INLINE void transpose(V (&r)[kRows]) {
 
 // 2^x to 1e-7 relative (float) for x <= 0; 0 below the smallest normal's neighbourhood; NaN stays.
 XATTN_INLINE vfloat exp2_nonpositive(vfloat x) {
-  x = vmax(splat(-150.0f), x);
 #if defined(__AVX512F__)
+  x = vmax(splat(-150.0f), x);
   const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const vfloat r = x - (vfloat)n;
 #else
+  x = vmax(splat(-127.0f), x);           // whose result has exponent and mantissa 0
   const vfloat shifted = x + 0x1.8p23f;  // the integer part, in the low bits of the mantissa
   const vfloat r = x - (shifted - 0x1.8p23f);
 #endif
@@ -389,8 +414,7 @@ XATTN_INLINE vfloat exp2_nonpositive(vfloat x) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_scalef_ps((__m512)p, n);
 #else
-  const vfloat scaled = (vfloat)((vu32)p + ((vu32)shifted << 23));
-  return x < -125.0f ? vfloat{} : scaled;
+  return (vfloat)((vu32)p + ((vu32)shifted << 23));
 #endif
 }
 

@@ -17,7 +17,7 @@ struct Backward {
   using V = typename U::V;
   using Elem = typename U::Elem;
   using Weight = typename U::Weight;
-  static constexpr int R = U::kTileRows, L = U::L;
+  static constexpr int L = U::L;
 
   const U& u;
   Window windows[2];
@@ -52,9 +52,9 @@ struct Backward {
     k_values = arena.take<Elem>(values);
     q_values = U::kPairs ? arena.take<Elem>(values) : q_rows;
     grad_values = U::kPairs ? arena.take<Elem>(values) : grad_rows;
-    spill = arena.take<T>(R * u.columns());
-    exponentials = arena.take<T>(R * u.weight_stride());
-    inverse = arena.take<T>(2 * L);
+    spill = arena.take<T>(U::kTileRows * u.columns());
+    exponentials = arena.take<T>(U::kTileRows * u.weight_stride());
+    inverse = arena.take<T>(U::kPerRow);
     tail_logit = arena.take<T>(round_up(u.rows(), L) + L);
     tail_grad = arena.take<T>(round_up(u.rows(), L) + L);
     dropout = arena.take<T>(a.dropout_p > 0 ? round_up(u.rows(), 4) * u.weight_stride() + L : 0);
@@ -72,10 +72,11 @@ struct Backward {
   }
 
   // P m and dS of the tile of queries at i0, from its exponentials and dO V^T.
+  template <int R>
   XATTN_MEMBER void score_gradients(int64_t i0, T* bias_grad) const {
     const int64_t columns = u.columns(), stride = u.weight_stride();
     const T* factors = u.args.dropout_p > 0 ? dropout + i0 * stride : nullptr;
-    alignas(64) T delta[2 * L], tail_p[2 * L], tail_g[2 * L];
+    alignas(64) T delta[U::kPerRow], tail_p[U::kPerRow], tail_g[U::kPerRow];
     if (u.has_tail()) {
       for (int r = 0; r < R; ++r) {
         tail_p[r] = exponentials[r * stride + columns] * inverse[r];
@@ -126,21 +127,22 @@ struct Backward {
         for (int c = 0; c < C; ++c) acc[r][c] *= load(factors + r * stride + (first + c) * L);
       }
     };
-    if constexpr (U::kColumnsKnown > 0 && U::kColumnsKnown <= kMaxColumns) {
+    if constexpr (U::kColumnsKnown > 0 && U::kColumnsKnown <= columns_beside(R)) {
       V acc[R][U::kColumnsKnown] = {};
       grad_tile(acc, 0);
       finish(U::kColumnsKnown, [&](int r, int64_t c) XATTN_LAMBDA_INLINE { return acc[r][c]; });
     } else {
-      for_columns<kMaxColumns, 1>(columns / L, [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
-        constexpr int C = decltype(group)::value;
-        V acc[R][C] = {};
-        grad_tile(acc, first);
-        XATTN_UNROLL
-        for (int r = 0; r < R; ++r) {
-          XATTN_UNROLL
-          for (int c = 0; c < C; ++c) store(spill + r * columns + (first + c) * L, acc[r][c]);
-        }
-      });
+      for_columns<columns_beside(R), 1>(
+          columns / L, [&](auto group, int64_t first) XATTN_LAMBDA_INLINE {
+            constexpr int C = decltype(group)::value;
+            V acc[R][C] = {};
+            grad_tile(acc, first);
+            XATTN_UNROLL
+            for (int r = 0; r < R; ++r) {
+              XATTN_UNROLL
+              for (int c = 0; c < C; ++c) store(spill + r * columns + (first + c) * L, acc[r][c]);
+            }
+          });
       finish(columns / L, [&](int r, int64_t c)
                               XATTN_LAMBDA_INLINE { return load(spill + r * columns + c * L); });
     }
@@ -169,15 +171,22 @@ struct Backward {
     }
   }
 
+  XATTN_MEMBER void prefetch_gradient(const Window& w, int64_t head, int which, int64_t i0,
+                                      int64_t rows) const {
+    const IpsaArgs& a = u.args;
+    u.prefetch_written((const S*)a.grad_qkv + (which * a.heads + head) * u.d(), w.pixel,
+                       3 * a.channels(), i0, i0 + rows);
+  }
+
   // Writes rows of dQ, dK or dV; a token outside the image adds to the padding's gradient.
   XATTN_MEMBER auto gradient_writer(const Window& w, int64_t head, int which, int64_t i0) const {
     const IpsaArgs& a = u.args;
     const int64_t at = (which * a.heads + head) * u.d();
     return [=](int r, int64_t c, V value) XATTN_LAMBDA_INLINE {
-      const int64_t t = i0 + r, left = u.d() - c;
+      const int64_t t = i0 + r;
       if (t >= u.n()) return;
       if (w.pixel[t] >= 0) {
-        store_n((S*)u.args.grad_qkv + w.pixel[t] * 3 * u.args.channels() + at + c, value, left);
+        u.store_channels((S*)u.args.grad_qkv + w.pixel[t] * 3 * u.args.channels() + at, c, value);
       } else if (u.args.pad_qkv) {
         T* sum = pad_gradient + which * u.width_d() + c;
         store(sum, load(sum) + value);
@@ -204,27 +213,38 @@ struct Backward {
       u.tail_products(grad_rows, v.row(u.n() - 1), tail_grad);
     }
     const typename U::Logits logits{T(a.scale * kLog2e), bias, mask, k_transposed, tail_logit};
-    for (int64_t i0 = 0; i0 < u.n(); i0 += R) {
-      if (next_head >= 0) prefetch_tile(next, next_head, i0);
-      u.softmax_tile(logits, q_rows, i0, spill, exponentials, inverse);
-      score_gradients(i0, bias_grad);
-    }
+    u.for_tiles([&](auto rows, int64_t i0) XATTN_LAMBDA_INLINE {
+      constexpr int R = decltype(rows)::value;
+      constexpr int kFirst = kFewMisses ? U::kTileRows / 2 : U::kTileRows;
+      if (next_head >= 0) prefetch_rows(next, next_head, i0, i0 + kFirst);
+      u.template softmax_tile<R>(logits, q_rows, i0, spill, exponentials, inverse);
+      if (kFewMisses && next_head >= 0) {
+        prefetch_rows(next, next_head, i0 + kFirst, i0 + U::kTileRows);
+      }
+      prefetch_gradient(w, head, 0, i0, R);
+      score_gradients<R>(i0, bias_grad);
+    });
     for (int64_t i = 0; i < 3 * u.width_d(); ++i) pad_gradient[i] = 0;
     pack_steps(p, p_steps);
     pack_steps(ds, ds_steps);
     const int64_t stride = u.weight_stride();
     const auto scale = [&](int) { return T(a.scale); };
     const auto one = [&](int) { return T(1); };
-    for (int64_t i0 = 0; i0 < u.n(); i0 += R) {
-      u.weighted_sum((const Elem*)(ds + i0 * stride), stride / U::kStep, 1, k_values, scale,
-                     gradient_writer(w, head, 0, i0));
-    }
-    for (int64_t i0 = 0; i0 < u.n(); i0 += R) {
-      u.weighted_sum(ds_steps + i0, 1, stride, q_values, scale, gradient_writer(w, head, 1, i0));
-    }
-    for (int64_t i0 = 0; i0 < u.n(); i0 += R) {
-      u.weighted_sum(p_steps + i0, 1, stride, grad_values, one, gradient_writer(w, head, 2, i0));
-    }
+    u.for_tiles([&](auto rows, int64_t i0) XATTN_LAMBDA_INLINE {
+      prefetch_gradient(w, head, 1, i0, decltype(rows)::value);
+      u.template weighted_sum<decltype(rows)::value>((const Elem*)(ds + i0 * stride),
+                                                     stride / U::kStep, 1, k_values, scale,
+                                                     gradient_writer(w, head, 0, i0));
+    });
+    u.for_tiles([&](auto rows, int64_t i0) XATTN_LAMBDA_INLINE {
+      prefetch_gradient(w, head, 2, i0, decltype(rows)::value);
+      u.template weighted_sum<decltype(rows)::value>(ds_steps + i0, 1, stride, q_values, scale,
+                                                     gradient_writer(w, head, 1, i0));
+    });
+    u.for_tiles([&](auto rows, int64_t i0) XATTN_LAMBDA_INLINE {
+      u.template weighted_sum<decltype(rows)::value>(p_steps + i0, 1, stride, grad_values, one,
+                                                     gradient_writer(w, head, 2, i0));
+    });
     if (grad_pad) {
       for (int64_t i = 0; i < 3 * u.d(); ++i) {
         const int64_t part = i / u.d(), c = i % u.d();
@@ -234,10 +254,10 @@ struct Backward {
   }
 
   // The next unit's rows of qkv and dO, while this one computes.
-  XATTN_MEMBER void prefetch_tile(const Window& w, int64_t head, int64_t i0) const {
+  XATTN_MEMBER void prefetch_rows(const Window& w, int64_t head, int64_t from, int64_t to) const {
     const IpsaArgs& a = u.args;
     const int64_t part = a.channels() * (int64_t)sizeof(S), bytes = u.d() * (int64_t)sizeof(S);
-    for (int64_t t = i0; t < i0 + R && t < u.n(); ++t) {
+    for (int64_t t = from; t < to && t < u.n(); ++t) {
       if (w.qkv[t] < 0) continue;
       const char* row = (const char*)((const S*)a.qkv + head * u.d() + w.qkv[t]);
       const char* grad = (const char*)((const S*)a.grad_out + head * u.d() + w.grad_out[t]);

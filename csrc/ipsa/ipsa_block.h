@@ -12,7 +12,7 @@ template <class U>
 struct Block {
   using T = typename U::T;
   using V = typename U::V;
-  static constexpr int R = U::kTileRows, L = U::L;
+  static constexpr int L = U::L;
   static constexpr int64_t kInner = 128;
 
   const IpsaBlockArgs& block;
@@ -46,7 +46,8 @@ struct Block {
         start[c] = bias ? load_n(bias + at, out_features - at) : V{};
       }
       const T* panel = packed + first * L * in_features;
-      for (int64_t i0 = 0; i0 < u.n(); i0 += R) {
+      const auto tile = [&](auto rows, int64_t i0) XATTN_LAMBDA_INLINE {
+        constexpr int R = decltype(rows)::value;
         // Sums of kInner products at a time, then their sum, then the bias: one long float sum
         // would be less exact than the blocked ones of a matrix library.
         alignas(64) T total[R][C * L];
@@ -70,6 +71,11 @@ struct Block {
             emit(i0 + r, (first + c) * L, load(total[r] + c * L) + start[c]);
           }
         }
+      };
+      if constexpr (U::kLoneRow) {  // with no more columns beside it: tiles of even sizes instead
+        for_columns<U::kTileRows, 1>(u.n(), tile);
+      } else {
+        for (int64_t i0 = 0; i0 < u.n(); i0 += U::kTileRows) tile(Int<U::kTileRows>{}, i0);
       }
     });
   }

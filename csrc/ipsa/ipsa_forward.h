@@ -61,7 +61,7 @@ struct Forward {
     keys = arena.take<Elem>(u.stride_d() * u.columns());
     values = arena.take<Elem>(u.steps_n() * u.width_d());
     spill = arena.take<T>(U::kTileRows * u.columns());
-    for (auto& each : inverse) each = arena.take<T>(2 * U::L);
+    for (auto& each : inverse) each = arena.take<T>(U::kPerRow);
     tail = arena.take<T>(round_up(u.rows(), U::L) + U::L);
     for (auto& each : weights) each = arena.take<Weight>(U::kTileRows * u.weight_stride());
     dropout = arena.take<T>(a.dropout_p > 0 ? (u.n() + 3) / 4 * 4 * u.weight_stride() + U::L : 0);
@@ -101,34 +101,49 @@ struct Forward {
     const typename U::Logits logits{T(a.scale * kLog2e), bias, mask, keys, tail};
     // The softmax of a tile has long chains of dependent steps; the products of the tile before,
     // which come after it here, fill them.
-    const auto emit = [&](int64_t tile) XATTN_LAMBDA_INLINE {
+    const auto softmax = [&](auto rows, int64_t tile) XATTN_LAMBDA_INLINE {
+      const int64_t i0 = tile * U::kTileRows;
+      u.prefetch_written((const S*)a.out + head * u.d(), w.pixel, a.out_pixel, i0,
+                         i0 + decltype(rows)::value);
+      if (next_head) prefetch_rows(next_head, next, i0, i0 + kPrefetchFirst);
+      u.template softmax_tile<decltype(rows)::value>(logits, queries, i0, spill, weights[tile & 1],
+                                                     inverse[tile & 1]);
+      if (a.dropout_p > 0) drop(i0, weights[tile & 1]);
+    };
+    const auto emit = [&](auto rows, int64_t tile) XATTN_LAMBDA_INLINE {
       const int64_t i0 = tile * U::kTileRows;
       const T* by = inverse[tile & 1];
+      if (kFewMisses && next_head) {
+        prefetch_rows(next_head, next, i0 + kPrefetchFirst, i0 + U::kTileRows);
+      }
       S* out = (S*)a.out + head * u.d();
-      u.weighted_sum((const Elem*)weights[tile & 1], u.weight_stride() / U::kStep, 1, values,
-                     [&](int r) { return by[r]; },
-                     [&](int r, int64_t c, auto value) XATTN_LAMBDA_INLINE {
-                       if (i0 + r >= u.n() || w.pixel[i0 + r] < 0) return;
-                       store_n(out + w.pixel[i0 + r] * a.out_pixel + c, value, u.d() - c);
-                     });
+      u.template weighted_sum<decltype(rows)::value>(
+          (const Elem*)weights[tile & 1], u.weight_stride() / U::kStep, 1, values,
+          [&](int r) { return by[r]; },
+          [&](int r, int64_t c, auto value) XATTN_LAMBDA_INLINE {
+            if (i0 + r >= u.n() || w.pixel[i0 + r] < 0) return;
+            u.store_channels(out + w.pixel[i0 + r] * a.out_pixel, c, value);
+          });
     };
     const int64_t tiles = u.rows() / U::kTileRows;
+    const Int<U::kTileRows> whole;
     for (int64_t tile = 0; tile <= tiles; ++tile) {
       if (tile < tiles) {
-        const int64_t i0 = tile * U::kTileRows;
-        if (next_head) prefetch_tile(next_head, next, i0);
-        u.softmax_tile(logits, queries, i0, spill, weights[tile & 1], inverse[tile & 1]);
-        if (a.dropout_p > 0) drop(i0, weights[tile & 1]);
+        softmax(whole, tile);
+      } else if constexpr (U::kLoneRow) {
+        softmax(Int<1>{}, tile);
       }
-      if (tile > 0) emit(tile - 1);
+      if (tile > 0) emit(whole, tile - 1);
     }
+    if constexpr (U::kLoneRow) emit(Int<1>{}, tiles);
   }
 
   // The next unit's rows, while this one computes.
-  XATTN_MEMBER void prefetch_tile(const S* head, const Window& w, int64_t i0) const {
+  static constexpr int kPrefetchFirst = kFewMisses ? U::kTileRows / 2 : U::kTileRows;
+  XATTN_MEMBER void prefetch_rows(const S* head, const Window& w, int64_t from, int64_t to) const {
     const int64_t part = u.args.channels() * (int64_t)sizeof(S);
     const int64_t bytes = u.d() * (int64_t)sizeof(S);
-    for (int64_t t = i0; t < i0 + U::kTileRows && t < u.n(); ++t) {
+    for (int64_t t = from; t < to && t < u.n(); ++t) {
       if (w.qkv[t] < 0) continue;
       const char* row = (const char*)(head + w.qkv[t]);
       for (int64_t at = 0; at < bytes; at += 64) {
