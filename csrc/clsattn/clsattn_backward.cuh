@@ -22,6 +22,7 @@ struct Backward : Inputs<T> {
   T* pooled;          // [batch, heads, C]: g z + s sum w m
   float* values;      // [batch, C]: grad_out sum w m
   float* part_sums;   // [batch, parts, heads, C]: sum ds t of a part
+  float* part_ds;     // [batch, parts, heads]: sum ds of a part, zero but for rounding
   T* grad_patches;    // [batch, tokens - 1, C]
   float* grad_token;  // [batch, C]: dt of CLS, which waits for what comes by way of the query
   T* du;              // [batch, heads, C]
@@ -136,11 +137,11 @@ XATTN_DEVICE void multiply_rows(const BackwardMemory<T, kGroups>& m, const T* x,
 }
 
 // weights of a tile, from its products: lanes are its tokens, and a warp takes the heads warp,
-// warp + kWarps ..; means: what each adds to the sum of ds mean / deviation.
+// warp + kWarps ..; means, ds_sums: what each adds to the sums of ds mean / deviation and of ds.
 template <class T, int kGroups>
 XATTN_DEVICE void weigh_grads(const Backward<T>& in, const BackwardMemory<T, kGroups>& m,
-                              float (&means)[2 * kGroups], int64_t b, int n, bool inside,
-                              Moments own, float unit) {
+                              float (&means)[2 * kGroups], float (&ds_sums)[2 * kGroups], int64_t b,
+                              int n, bool inside, Moments own, float unit) {
   constexpr int kHeads = 8 * kGroups;
   const int t = lane_id(), warp = threadIdx.x / 32;
   float plain = 0, along = 0;
@@ -162,6 +163,7 @@ XATTN_DEVICE void weigh_grads(const Backward<T>& in, const BackwardMemory<T, kGr
     plain += to_float(kept) * number[kGradSum] + to_float(ds) * number[kKeySum];
     along += to_float(kept) * dw + to_float(ds) * logit;
     means[i] += to_float(scaled) * own.mean;
+    ds_sums[i] += to_float(scaled) * (unit / own.rstd);
     T* to = m.weights + h * kCoefficients + t;
     to[0] = kept;
     to[kHeads * kCoefficients] = ds;
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(kThreads) backward_tokens(const Backward<T> in
   for (int i = threadIdx.x; i < in.heads * kNumbers; i += kThreads) {
     m.numbers[i] = in.numbers[b * in.heads * kNumbers + i];
   }
-  float means[2 * kGroups] = {};
+  float means[2 * kGroups] = {}, ds_sums[2 * kGroups] = {};
   const bool normed = in.norm_weight != nullptr;
   const float unit = in.unit_rstd(b);
   const Share share(in.channels);
@@ -331,7 +333,7 @@ __global__ void __launch_bounds__(kThreads) backward_tokens(const Backward<T> in
     }
     multiply_rows(m, m.x[stage], share);
     __syncthreads();
-    weigh_grads(in, m, means, b, n, n < end, moments, unit);
+    weigh_grads(in, m, means, ds_sums, b, n, n < end, moments, unit);
     __syncthreads();
     float* cls = first == 0 ? in.grad_token + b * in.channels : nullptr;
     add_grads(m, m.x[stage], own, in.channels, normed, cls, sums);
@@ -340,15 +342,21 @@ __global__ void __launch_bounds__(kThreads) backward_tokens(const Backward<T> in
   }
 #pragma unroll
   for (int i = 0; i < 2 * kGroups; ++i) {
-    const float sum = warp_sum(means[i]);
-    if (lane_id() == 0) m.means[threadIdx.x / 32 + i * kWarps] = sum;
+    const int h = threadIdx.x / 32 + i * kWarps;
+    const float sum = warp_sum(means[i]), ds = warp_sum(ds_sums[i]);
+    if (lane_id() > 0) continue;
+    m.means[h] = sum;
+    if (h < in.heads) in.part_ds[int64_t{blockIdx.x} * in.heads + h] = ds;
   }
   __syncthreads();
   store_sums(in.part_sums + int64_t{blockIdx.x} * in.heads * in.channels, sums, own, m.means, unit,
              in.heads, in.channels);
 }
 
-// du of all heads, and what the norm gets by way of them: a channel of an image a thread.
+// du of all heads, and what the norm gets by way of them: a channel of an image a thread. The ds of
+// a head add up to zero. What rounding leaves is mostly an error of delta, the same for all tokens
+// in proportion to their weights, and is taken back: it would outweigh ds where one token has them
+// all.
 template <class T>
 __global__ void __launch_bounds__(kThreads) join_grads(const Backward<T> in) {
   const int blocks = (in.channels + kThreads - 1) / kThreads;
@@ -360,11 +368,16 @@ __global__ void __launch_bounds__(kThreads) join_grads(const Backward<T> in) {
   for (int h = 0; h < in.heads; ++h) {
     const int64_t unit = b * in.heads + h, at = unit * in.channels + c;
     const float* sums = in.part_sums + (b * in.parts * in.heads + h) * in.channels + c;
-    float sum = sums[0];
-    for (int part = 1; part < in.parts; ++part) sum += sums[part * row];
+    const float kept = in.numbers[unit * kNumbers + kKept], z = in.z(unit)[c];
+    float sum = 0, ds = 0;
+    for (int part = 0; part < in.parts; ++part) {
+      sum += sums[part * row];
+      ds += in.part_ds[(b * in.parts + part) * in.heads + h];
+    }
+    if (kept != 0) sum -= ds * (z / kept);
     in.du[at] = from_float<T>(sum * gain);
-    by_gain += in.dz[at] * in.z(unit)[c] + in.u(unit)[c] * sum;
-    by_shift += in.dz[at] * in.numbers[unit * kNumbers + kKept];
+    by_gain += in.dz[at] * z + in.u(unit)[c] * sum;
+    by_shift += in.dz[at] * kept;
   }
   if (in.by_gain) {
     in.by_gain[b * in.channels + c] = by_gain;

@@ -241,6 +241,7 @@ void run_backward(CudaCall& call, const Tensors& t, Inputs<T> in, const Tensor& 
   g.pooled = workspace.take<T>({B, H, C});
   g.values = static_cast<float*>(call.write(vectors.v_bias));
   g.part_sums = workspace.take<float>({B, in.parts, H, C});
+  g.part_ds = workspace.take<float>({B, in.parts, H});
   g.grad_patches = static_cast<T*>(call.write(grads.patches));
   g.grad_token = workspace.take<float>({B, C});
   g.du = workspace.take<T>({B, H, C});

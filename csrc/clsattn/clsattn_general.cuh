@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads)
   stats[kShare] = kept;
 }
 
-// products [batch, 2 heads, tokens] of the tokens with g dz and g u, to w m and ds: a head of an
-// image a block.
+// products [batch, 2 heads, tokens] of the tokens with g dz and g u, to w m and ds, and part_ds: a
+// head of an image a block.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     weigh_grad_rows(const Backward<T> in, float* __restrict__ products) {
@@ -80,12 +80,16 @@ __global__ void __launch_bounds__(kThreads)
   const float* number = in.numbers + unit * kNumbers;
   float* grads = products + (b * 2 * in.heads + unit % in.heads) * in.tokens;
   float* keys = grads + int64_t{in.heads} * in.tokens;
+  float sum = 0;
   for (int n = threadIdx.x; n < in.tokens; n += kThreads) {
     const Coefficients c = coefficients(grads[n], keys[n], in.keep(unit, n), in.scale,
                                         number[kDelta], number[kConstant], number[kLogSum]);
     grads[n] = c.kept;
     keys[n] = c.ds;
+    sum += to_float(from_float<T>(c.ds));  // as the product takes it
   }
+  sum = fold_block(sum, SumOf{});
+  if (threadIdx.x == 0) in.part_ds[unit] = sum;
 }
 
 // The gradients of the tokens from dt [batch, tokens, C], a token a warp.
