@@ -162,7 +162,7 @@ struct QueryColumns {
 // dK, dV of 64 keys and, of digests, the sums of their bias. Products are taken transposed: keys
 // are rows, so that weights are the left side of the next product where they are.
 template <class L>
-__global__ void __launch_bounds__(kThreads, L::kFast && L::kWidth == 32 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, L::kFast&& L::kWidth == 32 ? 3 : 2)
     digest_backward_columns(const Args a) {
   using T = typename L::Value;
   using M = Memory<L, 2>;

@@ -154,8 +154,8 @@ static std::string describe(const Touch& touch) {
 
 static Touch now(uint16_t who) { return {block.epoch, who, block.warp_epoch[self->warp]}; }
 
-// A later read of the same warp takes the place of one before its last __syncwarp: no write that may
-// follow the later one can race with the earlier alone.
+// A later read of the same warp takes the place of one before its last __syncwarp: no write that
+// may follow the later one can race with the earlier alone.
 static void note_read(Touch& read) {
   const auto me = static_cast<uint16_t>(self->linear);
   const auto mine = static_cast<uint16_t>(kWarp | self->warp);
