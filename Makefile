@@ -3,14 +3,15 @@
 #   make test    the test suite
 #   make check   ruff, ruff-format, clang-format, mypy
 #   make bench   the benchmarks of the README
-#   make wheel   one abi3 wheel and the sdist in dist/
+#   make wheel   one abi3 wheel and the sdist in dist/, with the CUDA kernels where nvcc is
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(NATIVE)
+CXX_FILES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+WITH_CUDA := $(if $(shell command -v nvcc),1,auto)
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,7 +34,7 @@ check: $(READY)
 	$(BIN)/mypy xattn_ops models benchmarks
 
 wheel: $(READY)
-	XATTN_BUILD_NATIVE=1 $(BIN)/python -m build --no-isolation --outdir dist .
+	XATTN_BUILD_NATIVE=1 XATTN_BUILD_CUDA=$(WITH_CUDA) $(BIN)/python -m build --no-isolation --outdir dist .
 
 # Tools first, for the build runs without isolation: it must see the torch that will load it.
 $(VENV)/.tools: constraints.txt pyproject.toml

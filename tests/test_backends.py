@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -35,6 +36,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend.refusal(function, "triton", _backend.Call("cuda", torch.float32))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # conftest.py: not what users have
     monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_library, "CUDA_REASON", "no cuda library")
 
 
 def choose(function: str, backend: str | None = None, device: str = "cpu") -> str:
@@ -71,7 +73,7 @@ def test_cuda_tensors_take_triton_or_fall_back(function: str) -> None:
     if function in WITH_TRITON:
         assert choose(function, device="cuda") == "triton"
         return
-    with pytest.warns(UserWarning, match=f"no cuda kernel .* {function} has no triton kernel"):
+    with pytest.warns(UserWarning, match=f"no cuda library; .* {function} has no triton kernel"):
         assert choose(function, device="cuda") == "reference"
 
 
@@ -80,7 +82,7 @@ def test_cuda_tensors_fall_back_where_triton_is_missing(
     function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_backend, "_triton_missing", lambda kernels: "no triton kernel loads")
-    with pytest.warns(UserWarning, match="no cuda kernel .* no triton kernel"):
+    with pytest.warns(UserWarning, match="no cuda library; .* no triton kernel"):
         assert choose(function, device="cuda") == "reference"
 
 
@@ -124,7 +126,8 @@ def test_strict_is_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("backend", "device", "reason"),
     [
-        ("cuda", "cpu", "has no cuda kernel in this version"),
+        ("cuda", "cpu", "it does not take cpu tensors"),
+        ("cuda", "cuda", "no cuda library"),
         ("triton", "meta", r"has no triton kernel in this version|it does not take meta tensors"),
         ("cpu", "cuda", "it does not take cuda tensors"),
     ],
@@ -186,6 +189,60 @@ def test_kernel_refuses_a_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         _backend.choose("half", "triton", "cuda", torch.float64)
 
 
+@functions
+def test_cuda_kernels_refuse(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dtype, the library, the ops that it lacks, the card: the first that is wrong."""
+    call = _backend.Call("cuda", torch.float32)
+
+    def why(call: _backend.Call = call) -> str:
+        return _backend.refusal(function, "cuda", call)
+
+    assert why(call._replace(dtype=torch.float64)).startswith("its CUDA kernels take float32, bf")
+    assert why() == "no cuda library"
+    monkeypatch.setattr(_library, "CUDA_REASON", "")
+    has_kernel = "_dispatch_has_kernel_for_dispatch_key"
+    monkeypatch.setattr(torch._C, has_kernel, lambda op, key: not op.endswith("_bwd"))
+    assert re.fullmatch(r"the native library has no CUDA kernel of \w+_bwd", why())
+    monkeypatch.setattr(torch._C, has_kernel, lambda op, key: key == "CUDA")
+    assert why() == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert why() == "its CUDA kernels need compute capability 8.0, this card has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert why() == ""
+    assert choose(function, device="cuda") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "reason"),
+    [
+        (13000, 13020, ""),
+        (13020, 13000, ""),  # of one major version
+        (12080, 13000, ""),
+        (13000, 12090, "its CUDA kernels are built with CUDA 13.0, this driver goes up to 12.9"),
+        (13010, 0, "its CUDA kernels are built with CUDA 13.1, this driver goes up to 0.0"),
+    ],
+)
+def test_old_driver(toolkit: int, driver: int, reason: str) -> None:
+    assert _library._old_driver(toolkit, driver) == reason
+
+
+def test_cuda_library_without_a_cuda_torch() -> None:
+    """It is not even looked for, whatever is installed."""
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    assert _library._load_cuda() == "this torch is built without CUDA"
+
+
+def test_cuda_library_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library.ctypes, "CDLL", lambda path, mode: None)
+    monkeypatch.setitem(sys.modules, "xattn_ops._C_cuda", None)
+    reason = _library._load_cuda()
+    assert reason.startswith("the CUDA library xattn_ops._C_cuda could not be loaded")
+    assert reason.endswith("install a CUDA toolkit (nvcc) and reinstall xattn_ops to build it")
+
+
 def test_backends_agree_that_the_named_one_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """backend="cpu" reaches the leaf op and backend="reference" does not."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,7 +279,7 @@ def test_explain() -> None:
     assert explanation.backend == "cpu"
     assert str(explanation).splitlines() == [
         "inner_patch_attention on cpu, float32: cpu",
-        "  not cuda: inner_patch_attention has no cuda kernel in this version",
+        "  not cuda: it does not take cpu tensors",
         "  not triton: it does not take cpu tensors",
         "  not reference: cpu comes first",
     ]
@@ -240,7 +297,7 @@ def test_explain_a_backend_that_cannot_serve() -> None:
     explanation = explain(inner_patch_attention, qkv, num_heads=2, backend="cuda")
     assert explanation.backend is None
     assert str(explanation).startswith("inner_patch_attention on cpu, float32: no backend\n")
-    assert "no cuda kernel" in explanation.refused["cuda"]
+    assert explanation.refused["cuda"] == "it does not take cpu tensors"
 
 
 @pytest.mark.usefixtures("no_native")

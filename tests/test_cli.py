@@ -61,6 +61,26 @@ def test_info_with_the_native_library_names_the_instruction_set(monkeypatch):
     assert "XATTN_ISA=avx9000 is not available here" in text
 
 
+@pytest.mark.parametrize(
+    ("built", "reason", "said"),
+    [
+        (False, "no CUDA", "CUDA library: no"),
+        (True, "", "CUDA library: yes"),
+        (True, "no CUDA in torch", "CUDA library: yes, not loaded: no CUDA in torch"),
+    ],
+)
+def test_info_tells_of_the_cuda_library(monkeypatch, built, reason, said):
+    monkeypatch.setattr(info, "find_spec", lambda name: object() if built else None)
+    monkeypatch.setattr(_library, "CUDA_REASON", reason)
+    assert f"  {said}\n" in info.describe()
+
+
+def test_info_on_a_cuda_torch_says_what_its_kernels_miss(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library, "CUDA_REASON", "no library: install nvcc")
+    assert "Missing\n  CUDA kernels: no library: install nvcc" in info.describe()
+
+
 def test_info_without_the_tools_says_how_to_get_them(monkeypatch):
     there = info._version
     monkeypatch.setattr(info, "_version", lambda name: None if name == "rich" else there(name))

@@ -6,21 +6,27 @@ stand in the operators' descriptions (`unemulated`); others take the same ways t
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.cases import Case, assert_equal
 from support.emulator import (
-    FLAVOURS,
     SCHEDULES,
     SHARED_LIMITS,
     emulated,
     emulator,
+    flavours,
     module_name,
     operator_sources,
 )
 from support.layouts import changed, check_as_dense, layouts
 from support.operators import OPERATORS, SMALL, of
 from support.oracle import check_against_float64, check_nan_stays_in_its_image
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xattn_ops import explain
 
@@ -110,37 +116,36 @@ def test_nan_stays_in_its_image(op: str) -> None:
         check_nan_stays_in_its_image(SMALL[op], torch.float32, "cuda")
 
 
+class Calls(TorchDispatchMode):
+    """The calls of leaf ops: what was called, with what, and what it gave."""
+
+    def __init__(self, flavour: str) -> None:
+        super().__init__()
+        self.namespace = module_name(flavour)
+        self.seen: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == self.namespace:
+            self.seen.append((func, args, result))
+        return result
+
+
+@flavours
 @kernels
-@pytest.mark.parametrize("flavour", FLAVOURS)
 def test_leaf_ops_give_what_their_fakes_say(op: str, flavour: str) -> None:
     """Shapes, dtypes and strides of every return, what is kept for the backward included."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    checked = []
-
-    class Compare(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            got = func(*args, **(kwargs or {}))
-            if func.namespace == module_name(flavour):
-                with FakeTensorMode(allow_non_fake_inputs=True):
-                    fake = func(*args, **(kwargs or {}))
-                for one, other in zip(_several(got), _several(fake), strict=True):
-                    assert one.dtype == other.dtype
-                    assert one.shape == other.shape
-                    assert one.stride() == other.stride()
-                checked.append(func._schema.name.split("::")[1])
-            return got
-
     case = SMALL[op]
     tensors, grad_outs = case.tensors(torch.bfloat16), case.grad_outs(torch.bfloat16)
-    with emulator(flavour), Compare():
+    with emulator(flavour), Calls(flavour) as calls:
         case.run(tensors, grad_outs, backend="cuda")
-    assert checked == [f"{op}_fwd", f"{op}_bwd"]
-
-
-def _several(result):
-    return result if isinstance(result, tuple) else (result,)
+    names = [func._schema.name.split("::")[1] for func, _, _ in calls.seen]
+    assert names == [f"{op}_fwd", f"{op}_bwd"]
+    for func, args, result in calls.seen:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = func(*args)
+        for got, said in zip(tree_leaves(result), tree_leaves(fake), strict=True):
+            assert (got.dtype, got.shape, got.stride()) == (said.dtype, said.shape, said.stride())
 
 
 @kernels
@@ -157,21 +162,10 @@ def test_float64_is_refused(op: str) -> None:
 @kernels
 def test_leaf_op_refuses_float64(op: str) -> None:
     """The second line of checks, behind a direct call of torch.ops."""
-    case = SMALL[op]
-    seen = []
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Calls(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == module_name("plain"):
-                seen.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with emulator("plain"), Calls():
-        case.outputs(case.tensors(torch.float32, requires_grad=False), backend="cuda")
-    ((func, args),) = seen
-    wide = [
-        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
-    ]
-    with pytest.raises(RuntimeError, match="float64|float32"):
+    tensors = SMALL[op].tensors(torch.float32, requires_grad=False)
+    with emulator("plain"), Calls("plain") as calls:
+        SMALL[op].outputs(tensors, backend="cuda")
+    ((func, args, _),) = calls.seen
+    wide = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+    with pytest.raises(RuntimeError, match=r"float32, bfloat16 or float16|float64"):
         func(*wide)

@@ -3,12 +3,14 @@ kind of fault, planted in a small kernel, in the flavour that must notice it."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.emulator import (
+    EMULATION,
     FLAVOURS,
     SCHEDULES,
     SHARED_LIMITS,
@@ -166,13 +168,14 @@ def test_sum_parts(flavour: str, dtype: torch.dtype, parts: int, shape: tuple[in
 
 # ---------------------------------------------------------------------------------- faults
 
+NO_BARRIER = "race: (read|write) of 4 bytes of shared memory that .* (read|wrote), no barrier"
 BOTH = {  # noticed by every flavour, with what is said
     "shared_bounds": "past shared memory at faults.cu|shared memory out of bounds",
-    "static_bounds": "write past a static shared array|shared memory out of bounds",
+    "static_bounds": "write past a static shared array|an index out of a local array",
     "write_bounds": "write past a device tensor|device memory out of bounds",
     "barrier_after_return": "divergent __syncthreads: 32 threads wait at line .*, 32 have returned",
     "two_barriers": "divergent __syncthreads: thread 0 waits at line .*, thread 1 at line",
-    "divergent_shuffle": "lane .* of the mask waits in __syncthreads|deadlock: thread 0 in shfl_xor",
+    "divergent_shuffle": "lane .* of the mask waits in __syncthreads|deadlock: thread 0 in shfl",
     "mask_without_lane": "mask 0000ffff lacks the calling lane",
     "misaligned_copy": "cp.async: the global address is no multiple of 16 bytes",
     "misaligned_ldmatrix": "ldmatrix: the address is no multiple of 16 bytes",
@@ -184,15 +187,15 @@ BY_CHECKS = {  # by the checked flavour
     "wild_read": "read of 4 bytes of device memory out of bounds",
     "uninitialised_shared": "read of 4 bytes of shared memory that is not initialised",
     "uninitialised_device": "read of 4 bytes of device memory that is not initialised",
-    "read_after_write": "race: read of 4 bytes of shared memory that thread .* wrote|not initialised",
-    "write_after_read": "race: .* of 4 bytes of shared memory that .* (read|wrote), no barrier",
-    "lock_step": "race: .* of 4 bytes of shared memory that .* (read|wrote), no barrier",
+    "read_after_write": NO_BARRIER,
+    "write_after_read": NO_BARRIER,
+    "lock_step": NO_BARRIER,
     "two_blocks": "race: write of 4 bytes of device memory that thread .* of another block wrote",
-    "unwaited_copy": "read of 4 bytes of shared memory before the wait for its cp.async|not initial",
-    "copy_without_barrier": "shared memory (that thread .* wrote, no barrier|before the wait|that is)",
+    "unwaited_copy": "read of 4 bytes of shared memory before the wait for its cp.async",
+    "copy_without_barrier": f"{NO_BARRIER}|before the wait for its cp.async",
     "misaligned_store": "undefined behaviour: .* a misaligned vector access",
     "local_bounds": "undefined behaviour: an index out of a local array",
-    "sum_without_atomic": "race: .* of 4 bytes of shared memory that .* (read|wrote), no barrier",
+    "sum_without_atomic": NO_BARRIER,
 }
 BY_RESULTS = {  # and these by what comes out, under one schedule or another, in the plain flavour
     "uninitialised_shared",
@@ -241,8 +244,6 @@ def test_sound_kernels_pass(flavour: str, name: str, schedule: str) -> None:
     + [("checked", name) for name in BY_CHECKS],
 )
 def test_planted_faults_are_noticed(flavour: str, name: str, schedule: str) -> None:
-    import re
-
     said = planted(flavour, name, True, schedule)
     assert isinstance(said, str), "not noticed"
     assert re.search((BOTH | BY_CHECKS)[name], said), said
@@ -264,8 +265,6 @@ def test_a_fault_is_told_with_its_place() -> None:
 
 
 def line_of(text: str) -> int:
-    from support.emulator import EMULATION
-
     lines = (EMULATION / "faults.cu").read_text().splitlines()
     (number,) = (i + 1 for i, line in enumerate(lines) if text in line)
     return number

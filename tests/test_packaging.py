@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.cuda_library import CUDA_ARCHS, cuda_library, needs_nvcc
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,9 +43,11 @@ def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
     return done.stdout
 
 
-def build_wheel(source: Path, out: Path, native: bool) -> Path:
+def build_wheel(source: Path, out: Path, native: bool, cuda: bool = False) -> Path:
     flags = ("--no-build-isolation", "--no-deps", "--no-index", "-w", out)
-    run(sys.executable, "-m", "pip", "wheel", source, *flags, XATTN_BUILD_NATIVE=str(int(native)))
+    built = {"XATTN_BUILD_NATIVE": str(int(native)), "XATTN_BUILD_CUDA": str(int(cuda))}
+    built |= CUDA_ARCHS
+    run(sys.executable, "-m", "pip", "wheel", source, *flags, **built)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -79,10 +82,79 @@ def test_wheel_is_one_abi3_binary_that_runs(tmp_path: Path) -> None:
     assert isa in ("generic", "avx2", "avx512", "avx512_bf16")
 
 
+@needs_nvcc
+def test_wheel_with_cuda_kernels_runs_without_cuda(tmp_path: Path) -> None:
+    """One wheel for every machine: the CUDA library is in it, and no CPU torch minds."""
+    cuda_library()  # compiled once for all tests
+    wheel = build_wheel(ROOT, tmp_path, native=True, cuda=True)
+    assert "-cp310-abi3-" in wheel.name
+    binaries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert sorted(binaries) == ["xattn_ops/_C.abi3.so", "xattn_ops/_C_cuda.abi3.so"]
+    smoke(wheel, tmp_path / "site", "native")
+
+
+# setup.py beside a torch that has CUDA
+BESIDE_CUDA = """
+import runpy, sys, torch
+torch.version.cuda = "13.0"
+sys.argv = ["setup.py", "build_ext", "--build-lib", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said", "succeeds"),
+    [
+        pytest.param("auto", "no CUDA kernels: ", True, id="auto"),
+        pytest.param("0", "no CUDA kernels: they are not wanted", True, id="never"),
+        pytest.param("1", "build stopped", False, id="always"),
+    ],
+)
+def test_a_failing_nvcc(wanted: str, said: str, succeeds: bool, tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    environment = {"XATTN_BUILD_CUDA": wanted, "CUDA_HOME": str(tmp_path / "cuda")}
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_CUDA, str(tmp_path / "out")],
+        env=os.environ | {"XATTN_BUILD_NATIVE": "0"} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
+    assert not list(tmp_path.glob("out/xattn_ops/*.so"))
+
+
+def test_no_cuda_kernels_beside_a_torch_without_cuda(tmp_path: Path) -> None:
+    """Unless they are asked for: this torch could not load them."""
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    command = (sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path)
+    said = run(*command, XATTN_BUILD_NATIVE="0", XATTN_BUILD_CUDA="auto")
+    assert "no CUDA kernels: this torch has no CUDA" in said
+
+
+@pytest.mark.parametrize("archs", ["", "9", "sm_90", "8.0 x"])
+def test_architectures_that_are_none(archs: str) -> None:
+    setup = (ROOT / "setup.py").read_text().split("\nsetup(\n")[0]
+    names: dict[str, object] = {"__file__": str(ROOT / "setup.py")}
+    exec(setup, names)
+    with pytest.raises(ValueError, match=r"XATTN_CUDA_ARCHS must be like '8\.0 9\.0\+PTX', got"):
+        names["cuda_codes"](archs)
+    assert names["cuda_codes"]("8.6;8.0, 9.0a+PTX") == [
+        "-gencode=arch=compute_80,code=[sm_86,sm_80,sm_90a,compute_80]"
+    ]
+
+
 def test_sdist_has_every_source(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for pattern in ("csrc/**/*.cpp", "csrc/**/*.h", "xattn_ops/**/*.py", "models/*.py"):
+    for pattern in ("csrc/**/*.c*", "csrc/**/*.h", "xattn_ops/**/*.py", "models/*.py"):
         for path in ROOT.glob(pattern):
             assert path.relative_to(ROOT).as_posix() in held
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "benchmarks/runner.py"} <= held

@@ -116,7 +116,7 @@ def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled() -> list[dict[str, object]]:
     """What `python -m xattn_ops kernels` reads from the binaries, for every kernel."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "xattn_ops", "kernels", "--json"]
+    command = [sys.executable, "-m", "xattn_ops", "kernels", "--backend", "triton", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     rows: list[dict[str, object]] = json.loads(result.stdout)

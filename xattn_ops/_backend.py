@@ -112,7 +112,8 @@ def cuda_missing(*ops: str) -> str:
     if absent:
         return f"the native library has no CUDA kernel of {', '.join(absent)}"
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        return f"its CUDA kernels need compute capability 8.0, this card has {'.'.join(map(str, capability))}"
+        there = ".".join(map(str, capability))
+        return f"its CUDA kernels need compute capability 8.0, this card has {there}"
     return ""
 
 

@@ -67,10 +67,12 @@ def parser() -> argparse.ArgumentParser:
     add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
 
-    kernels = commands.add_parser("kernels", help="registers, spills, loads of the Triton kernels")
+    kernels = commands.add_parser("kernels", help="what compilers make of the GPU kernels")
     kernels.add_argument("operators", nargs="*", metavar="OPERATOR", help="ipsa (all)")
     kernels.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     kernels.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(KERNEL_DTYPES))
+    backends = ("triton", "cuda")
+    kernels.add_argument("--backend", nargs="+", default=backends, choices=backends)
     kernels.add_argument("--json", action="store_true", help="JSON in place of a table")
     kernels.set_defaults(run=_kernels)
     report = commands.add_parser("report", help="papers and measurements on one HTML page")
@@ -118,9 +120,10 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from xattn_ops.kernel_report import command
+    from xattn_ops.kernel_report.command import command
 
-    return command(args.operators, args.arch, args.dtype, args.json, _console())
+    backends = args.backend
+    return command(args.operators, args.arch, args.dtype, backends, args.json, _console())
 
 
 def _console() -> Console:

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -71,11 +72,19 @@ def _machine() -> list[str]:
 def _built() -> list[str]:
     if not _library.NATIVE:
         return ["native library: no"]
-    lines = [f"native library: yes, CPU kernels for {_library.isa()}"]
+    lines = [f"native library: yes, CPU kernels for {_library.isa()}", _cuda_library()]
     if _library.unknown_isa():
         lines.append(f"XATTN_ISA={_library.unknown_isa()} is not available here and was ignored")
     chosen = "oneDNN" if _linear.PREFER_ONEDNN else "torch's own (F.linear)"
     return [*lines, f"float32 linears of the models on the CPU: {chosen}"]
+
+
+def _cuda_library() -> str:
+    """Whether the CUDA kernels are built, and why they do not run."""
+    if find_spec("xattn_ops._C_cuda") is None:
+        return "CUDA library: no"
+    reason = _library.CUDA_REASON
+    return f"CUDA library: yes, not loaded: {reason}" if reason else "CUDA library: yes"
 
 
 def _backends() -> list[str]:
@@ -111,6 +120,8 @@ def _missing() -> list[str]:
     lines = []
     if not _library.NATIVE:
         lines.append(f"CPU kernels: {_library.REASON}")
+    if torch.version.cuda is not None and _library.CUDA_REASON:
+        lines.append(f"CUDA kernels: {_library.CUDA_REASON}")
     absent = [name for name in TOOLS if _version(name) is None]
     if absent:
         lines.append(f"{' and '.join(absent)} (demo, bench): pip install 'xattn_ops[tools]'")

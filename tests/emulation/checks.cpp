@@ -65,8 +65,10 @@ static Cell* cell_of(uintptr_t p) {
 void mark_given(const void* begin, size_t bytes, Given how) {
   const auto first = reinterpret_cast<uintptr_t>(begin);
   for (uintptr_t p = first; p < first + bytes; p += kGranule) {
-    std::unique_ptr<Page>& page = pages[p / kPageBytes];
-    if (page == nullptr) page = std::make_unique<Page>();
+    Page* page = find_page(p / kPageBytes);
+    if (page == nullptr) {
+      page = (pages[p / kPageBytes] = std::make_unique<Page>()).get();
+    }
     Cell& cell = (*page)[p % kPageBytes / kGranule];
     if ((cell.flags & kAllocated) == 0) {
       cell = {};
@@ -201,12 +203,14 @@ static std::string describe(Wrong wrong, const Cell& cell) {
         place(pc).c_str());
 }
 
+// Null where it is nobody's business. The emulator's own memory may share a page with a tensor's.
 static Cell* checked_cell(const void* p, uintptr_t at) {
   static Cell nowhere;
-  nowhere = {};
   Cell* cell = cell_of(at);
-  if (cell == nullptr) return private_memory(p) ? nullptr : &nowhere;
-  return cell;
+  if (cell != nullptr && (cell->flags & kAllocated) != 0) return cell;
+  if (private_memory(p)) return nullptr;
+  nowhere = {};
+  return &nowhere;
 }
 
 void check(const void* p, size_t bytes, bool write, const void* pc) {

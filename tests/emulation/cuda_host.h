@@ -39,11 +39,16 @@ extern Thread* self;  // the fiber that runs
 extern uint3 block_index;
 extern dim3 block_dim, grid_dim;
 
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  size_t dynamic_bytes;
+};
 // Runs the grid; throws std::runtime_error where a kernel is at fault.
-void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, void (*body)(void*), void* argument);
+void run_grid(const Launch& launch, void (*body)(void*), void* argument);
 template <class F>
-void run(dim3 grid, dim3 block, size_t dynamic_bytes, F body) {
-  run_grid(grid, block, dynamic_bytes, [](void* f) { (*static_cast<F*>(f))(); }, &body);
+void run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, F body) {
+  run_grid({kernel, grid, block, dynamic_bytes}, [](void* f) { (*static_cast<F*>(f))(); }, &body);
 }
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -53,6 +58,7 @@ void* dynamic_shared();
 void* static_shared(const void* site, size_t bytes, size_t align);  // the same one for every fiber
 
 // What a call gives its kernels: memory that they read, write as well, or find unwritten.
+bool checking();  // whether every access is checked against it
 enum class Given { kRead, kWritten, kFresh };
 void give(const void* p, size_t bytes, Given how);
 // Bytes before and after fresh memory in which no kernel may write.

@@ -35,7 +35,9 @@ class CudaCall {
     const int64_t margin = static_cast<int64_t>(cuda_host::kMargin) / each;
     whole = torch::stable::new_empty(first_, {count + 2 * margin}, dtype);
     Tensor part = torch::stable::view(torch::stable::narrow(whole, 0, margin, count), sizes);
-    cuda_host::give_fresh(part.mutable_data_ptr(), static_cast<size_t>(count * each));
+    // A tensor without elements has no address of its own.
+    cuda_host::give_fresh(static_cast<char*>(whole.mutable_data_ptr()) + cuda_host::kMargin,
+                          static_cast<size_t>(count * each));
     kept_.push_back(part);
     return part;
   }
@@ -54,7 +56,7 @@ class CudaCall {
   void give(const Tensor& t, cuda_host::Given how) {
     STD_TORCH_CHECK(t.is_cpu(), "xattn_ops: the emulator takes CPU tensors");
     kept_.push_back(t);  // its memory must not become another tensor's during the call
-    if (t.numel() == 0) return;
+    if (!cuda_host::checking() || t.numel() == 0) return;
     const auto each = static_cast<int64_t>(t.element_size());
     std::vector<std::pair<int64_t, int64_t>> axes;  // size, stride in bytes
     int64_t run = each;                             // bytes without a gap

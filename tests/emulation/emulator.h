@@ -16,9 +16,11 @@ struct Settings {
   uint64_t seed = 1;              // of the random order
   bool late_copies = true;        // cp.async lands when it is waited for, else when it is issued
   size_t shared_limit = 227 * 1024;
+  bool dry = false;       // launches are only noted
   bool checking = false;  // the kernels are instrumented: every access comes to `check`
 };
 extern Settings settings;
+extern std::vector<Launch> launches;  // since the settings were made
 
 // --------------------------------------------------------------- the running block
 
@@ -65,7 +67,7 @@ extern std::string error;
 void init_memory();
 void begin_block_memory(size_t dynamic_bytes);
 std::string damage();  // which margin was written to, or ""
-void must_be_shared(const void* p, size_t bytes, const char* what);
+void must_be_shared(const void* p, size_t bytes, const char* what, const void* pc);
 std::string owner(const char* p);  // the guard page that holds p, in words, or ""
 
 struct Range {
@@ -91,7 +93,8 @@ void set_launcher(const void* frame);  // the stack that holds the arguments of 
 // ---------------------------------------------------------------------------- faults
 
 std::string place(const void* pc);  // file and line of a return address, with its callers inlined
-class SignalHandlers {              // turn what the hardware catches into faults
+std::string function_name(const void* function);
+class SignalHandlers {  // turn what the hardware catches into faults
  public:
   SignalHandlers();
   ~SignalHandlers();

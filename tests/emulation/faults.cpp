@@ -25,23 +25,51 @@ void fault(const char* format, ...) {
   __builtin_unreachable();
 }
 
+// Where an address is in the file of this module.
+static bool locate(const void* address, Dl_info* info, size_t* offset) {
+  if (address == nullptr || dladdr(address, info) == 0) return false;
+  *offset = static_cast<size_t>(static_cast<const char*>(address) -
+                                static_cast<const char*>(info->dli_fbase));
+  return true;
+}
+
+static std::vector<std::string> lines_of(const char* command) {
+  std::vector<std::string> lines;
+  FILE* pipe = popen(command, "r");
+  if (pipe == nullptr) return lines;
+  char line[4096];
+  while (fgets(line, sizeof line, pipe) != nullptr) lines.emplace_back(line, strcspn(line, "\n"));
+  pclose(pipe);
+  return lines;
+}
+
 // " at file:line <- file:line ..."; the frames are those that were inlined into one.
 std::string place(const void* pc) {
   Dl_info info;
-  if (pc == nullptr || dladdr(pc, &info) == 0) return "";
-  char command[1024], line[512];
-  snprintf(command, sizeof command, "addr2line -i -s -e '%s' %p 2>/dev/null", info.dli_fname,
-           reinterpret_cast<const void*>(static_cast<const char*>(pc) - 1 -
-                                         static_cast<const char*>(info.dli_fbase)));
-  FILE* pipe = popen(command, "r");
-  if (pipe == nullptr) return "";
+  size_t offset;
+  if (!locate(pc, &info, &offset)) return "";
+  char command[1024];
+  snprintf(command, sizeof command, "addr2line -i -s -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
+           offset - 1);
   std::string all;
-  while (fgets(line, sizeof line, pipe) != nullptr && all.size() < 256) {
-    const std::string frame(line, strcspn(line, "\n ("));
-    all += (all.empty() ? " at " : " <- ") + frame;
+  for (const std::string& line : lines_of(command)) {
+    if (all.size() > 256) break;
+    all += (all.empty() ? " at " : " <- ") + line.substr(0, line.find_first_of(" ("));
   }
-  pclose(pipe);
   return all;
+}
+
+std::string function_name(const void* function) {
+  Dl_info info;
+  size_t offset;
+  if (!locate(function, &info, &offset)) return "";
+  char command[1024], address[32];
+  snprintf(command, sizeof command, "nm -C --defined-only '%s'", info.dli_fname);
+  snprintf(address, sizeof address, "%016zx ", offset);
+  for (const std::string& line : lines_of(command)) {  // address, type, name
+    if (line.rfind(address, 0) == 0) return line.substr(strlen(address) + 2);
+  }
+  return "";
 }
 
 // ---------------------------------------------------------------------------- the hardware's

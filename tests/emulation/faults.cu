@@ -98,6 +98,8 @@ __global__ void mask_without_lane(const float*, float* out, bool planted) {
 // Others' values read without a barrier after they were written.
 __global__ void read_after_write(const float*, float* out, bool planted) {
   SHARED(float, s, [kThreads]);
+  s[threadIdx.x] = 0.0f;
+  __syncthreads();
   s[threadIdx.x] = threadIdx.x;
   if (!planted) __syncthreads();
   out[threadIdx.x] = s[kThreads - 1 - threadIdx.x];
@@ -148,6 +150,8 @@ __global__ void unwaited_copy(const float* in, float* out, bool planted) {
 // Waited for by the thread that copied, read by others without a barrier.
 __global__ void copy_without_barrier(const float* in, float* out, bool planted) {
   SHARED(float, s, [kThreads]);
+  s[threadIdx.x] = 0.0f;
+  __syncthreads();
   ptx::cp_async<4>(s + threadIdx.x, in + threadIdx.x);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();

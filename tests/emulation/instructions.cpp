@@ -70,8 +70,9 @@ void ldmatrix(uint32_t* r, uintptr_t address, int count, bool transposed) {
                                            {"ldmatrix.x2.trans", "ldmatrix.x4.trans"}};
   Ldmatrix l{r, reinterpret_cast<const void*>(address), count, transposed};
   if (self->lane < 8 * count) {  // the others' addresses are ignored
-    must_be_shared(l.row, 16, "ldmatrix");
-    check(l.row, 16, false, __builtin_return_address(0));
+    const void* pc = __builtin_return_address(0);
+    must_be_shared(l.row, 16, "ldmatrix", pc);
+    check(l.row, 16, false, pc);
   }
   exchange_data(kNames[transposed][count == 4], ~0u, 0, &l, load_matrices);
 }
@@ -150,7 +151,7 @@ void cp_async(uintptr_t shared, const void* global, int bytes, int source_bytes)
   const void* pc = __builtin_return_address(0);
   const Copy c{reinterpret_cast<char*>(shared), static_cast<const char*>(global), bytes,
                source_bytes};
-  must_be_shared(c.to, bytes, "cp.async");
+  must_be_shared(c.to, bytes, "cp.async", pc);
   if (reinterpret_cast<uintptr_t>(global) % bytes != 0) {
     fault("cp.async: the global address is no multiple of %d bytes%s", bytes, place(pc).c_str());
   }

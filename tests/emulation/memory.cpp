@@ -109,10 +109,12 @@ void begin_block_memory(size_t bytes) {
   static_next = static_pages + kRedZone;
 }
 
-void must_be_shared(const void* p, size_t bytes, const char* what) {
-  if (!shared_memory.holds(p)) fault("%s: the address is not in shared memory", what);
+void must_be_shared(const void* p, size_t bytes, const char* what, const void* pc) {
+  if (!shared_memory.holds(p)) {
+    fault("%s: the address is not in shared memory%s", what, place(pc).c_str());
+  }
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
-    fault("%s: the address is no multiple of %zu bytes", what, bytes);
+    fault("%s: the address is no multiple of %zu bytes%s", what, bytes, place(pc).c_str());
   }
 }
 
@@ -128,6 +130,8 @@ void give_fresh(void* p, size_t bytes) {
   fresh_memory[begin] = bytes;
   give(p, bytes, Given::kFresh);
 }
+
+bool checking() { return settings.checking; }
 
 void give(const void* p, size_t bytes, Given how) {
   if (settings.checking) mark_given(p, bytes, how);

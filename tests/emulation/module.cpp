@@ -5,11 +5,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <stdexcept>
+#include <utility>
 
 namespace {
 
-void configure(const std::string& order, uint64_t seed, bool late_copies, size_t shared_limit) {
+void configure(const std::string& order, uint64_t seed, bool late_copies, size_t shared_limit,
+               bool dry) {
+  cuda_host::launches.clear();
   auto& settings = cuda_host::settings;
   if (order == "forward") {
     settings.order = cuda_host::Order::kForward;
@@ -23,6 +27,19 @@ void configure(const std::string& order, uint64_t seed, bool late_copies, size_t
   settings.seed = seed;
   settings.late_copies = late_copies;
   settings.shared_limit = shared_limit;
+  settings.dry = dry;
+}
+
+// (kernel, dynamic shared memory) of every launch since `configure`.
+std::vector<std::pair<std::string, size_t>> launches() {
+  std::map<const void*, std::string> names;
+  std::vector<std::pair<std::string, size_t>> all;
+  for (const auto& launch : cuda_host::launches) {
+    std::string& name = names[launch.kernel];
+    if (name.empty()) name = cuda_host::function_name(launch.kernel);
+    all.emplace_back(name, launch.dynamic_bytes);
+  }
+  return all;
 }
 
 // What the kernel of a fault writes, on inputs 0, 1, 2, ...
@@ -47,7 +64,8 @@ PYBIND11_MODULE(XATTN_EMULATED_OPS, m) {
   cuda_host::settings.checking = true;
 #endif
   m.def("configure", configure, pybind11::arg("order"), pybind11::arg("seed"),
-        pybind11::arg("late_copies"), pybind11::arg("shared_limit"));
+        pybind11::arg("late_copies"), pybind11::arg("shared_limit"), pybind11::arg("dry") = false);
+  m.def("launches", launches);
   m.def("faults", faults::names);
   m.def("plant", plant);
 }

@@ -27,6 +27,7 @@ Thread* self;
 uint3 block_index;
 dim3 block_dim, grid_dim;
 Settings settings;
+std::vector<Launch> launches;
 Block block;
 std::string error;
 
@@ -209,11 +210,12 @@ static void fiber_entry() {
   wait_as(State::kDone);
 }
 
-static void check_launch(dim3 grid, dim3 threads, size_t dynamic_bytes) {
+static void check_launch(const Launch& launch) {
+  const dim3 grid = launch.grid, threads = launch.block;
   const uint64_t count = static_cast<uint64_t>(threads.x) * threads.y * threads.z;
   if (count < 1 || count > 1024) throw std::runtime_error("launch: a block has 1 to 1024 threads");
-  if (dynamic_bytes > settings.shared_limit) {
-    throw std::runtime_error("launch: " + std::to_string(dynamic_bytes) +
+  if (launch.dynamic_bytes > settings.shared_limit) {
+    throw std::runtime_error("launch: " + std::to_string(launch.dynamic_bytes) +
                              " bytes of shared memory, a block may have " +
                              std::to_string(settings.shared_limit));
   }
@@ -257,11 +259,14 @@ static std::vector<uint32_t> block_order(uint64_t blocks) {
   return order;
 }
 
-void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, void (*body)(void*), void* argument) {
-  check_launch(grid, threads, dynamic_bytes);
+void run_grid(const Launch& launch, void (*body)(void*), void* argument) {
+  check_launch(launch);
+  launches.push_back(launch);
+  if (settings.dry) return;
   init_memory();
   set_launcher(__builtin_frame_address(0));
   const SignalHandlers handlers;
+  const dim3 grid = launch.grid, threads = launch.block;
   block_dim = threads;
   grid_dim = grid;
   kernel_body = body;
@@ -272,7 +277,7 @@ void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, void (*body)(void*)
   block.warps = static_cast<int>(block.fibers.size() + 31) / 32;
   block.launched = ++block.epoch;
   for (const uint32_t index : block_order(static_cast<uint64_t>(grid.x) * grid.y * grid.z)) {
-    begin_block(index, dynamic_bytes);
+    begin_block(index, launch.dynamic_bytes);
     block.running = true;
     Fiber* first = &block.fibers[pick()];
     self = first;

@@ -138,7 +138,8 @@ def _ninja_file() -> str:
         ]
         checked = ["-DCUDA_HOST_CHECKED"] if flavour == "checked" else []
         module = compile_edge(EMULATION / "module.cpp", flavour, ["-O1", name, *checked])
-        lines.append(f"build {_library_file(flavour)}: link {' '.join([*objects, module, *core])}")
+        # Of inline functions the linker keeps the first: the emulator must get its own, unchecked.
+        lines.append(f"build {_library_file(flavour)}: link {' '.join([*core, module, *objects])}")
     return "\n".join(lines) + "\n"
 
 
@@ -184,17 +185,24 @@ def load(flavour: str) -> ModuleType:
 
 @contextmanager
 def emulator(
-    flavour: str, schedule: str = "forward", shared_limit: int = SHARED_LIMITS["sm_90"]
-) -> Iterator[None]:
-    """Within it backend="cuda" takes CPU tensors, and the emulator runs the kernels."""
-    load(flavour).configure(*SCHEDULES[schedule], shared_limit)
+    flavour: str,
+    schedule: str = "forward",
+    shared_limit: int = SHARED_LIMITS["sm_90"],
+    dry: bool = False,
+) -> Iterator[ModuleType]:
+    """Within it backend="cuda" takes CPU tensors, and the emulator runs the kernels.
+
+    dry: no kernel runs; the module's `launches` then tells what would have. It is what this gives.
+    """
+    module = load(flavour)
+    module.configure(*SCHEDULES[schedule], shared_limit, dry)
     name = module_name(flavour)
     with (
         mock.patch.dict(_backend.NAMESPACES, cuda=name),
         mock.patch.dict(_backend.ORDER, cpu=("cpu", "reference", "cuda")),
         mock.patch.object(_backend, "cuda_missing", functools.partial(_missing_op, name)),
     ):
-        yield
+        yield module
 
 
 def _missing_op(namespace: str, *names: str) -> str:

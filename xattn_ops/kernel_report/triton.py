@@ -8,19 +8,15 @@ binary, matrix instructions and the width of loads from the assembly.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -80,8 +76,8 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def _ipsa(
     side: int, heads: int, head_dim: int, window: int, shift: int, dtype: torch.dtype
 ) -> None:
-    from .ipsa.triton_backward import ipsa_bwd
-    from .ipsa.triton_kernels import ipsa_fwd
+    from ..ipsa.triton_backward import ipsa_bwd
+    from ..ipsa.triton_kernels import ipsa_fwd
 
     C = heads * head_dim
     qkv, out = (_meta(128, side, side, n * C, dtype=dtype) for n in (3, 1))
@@ -93,8 +89,8 @@ def _ipsa(
 
 
 def _cpsa(side: int, C: int, dtype: torch.dtype, heads: int = 1, dropout_p: float = 0.0) -> None:
-    from .cpsa.triton_backward import cpsa_bwd
-    from .cpsa.triton_kernels import cpsa_fwd
+    from ..cpsa.triton_backward import cpsa_bwd
+    from ..cpsa.triton_kernels import cpsa_fwd
 
     x = _meta(128, side, side, C, dtype=dtype)
     qkv, qkv_bias, proj, proj_bias = (
@@ -107,8 +103,8 @@ def _cpsa(side: int, C: int, dtype: torch.dtype, heads: int = 1, dropout_p: floa
 
 
 def _convrel(side: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    from .convrel.triton_backward import convrel_bwd
-    from .convrel.triton_kernels import convrel_fwd
+    from ..convrel.triton_backward import convrel_bwd
+    from ..convrel.triton_kernels import convrel_fwd
 
     C, N = heads * head_dim, 1 + side * side
     windows, channels = [3, 5, 7], [C // 4, C * 3 // 8, C * 3 // 8]
@@ -121,7 +117,7 @@ def _convrel(side: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
 
 
 def _convpos(side: int, C: int, dtype: torch.dtype) -> None:
-    from .convrel.triton_encoding import convpos_bwd, convpos_fwd
+    from ..convrel.triton_encoding import convpos_bwd, convpos_fwd
 
     x, weight = _meta(128, 1 + side * side, C, dtype=dtype), _meta(C, 1, 3, 3, dtype=dtype)
     bias = _meta(C, dtype=dtype)
@@ -129,8 +125,8 @@ def _convpos(side: int, C: int, dtype: torch.dtype) -> None:
 
 
 def _digest(side: int, digests: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-    from .digest.triton_backward import digest_bwd
-    from .digest.triton_kernels import digest_fwd
+    from ..digest.triton_backward import digest_bwd
+    from ..digest.triton_kernels import digest_fwd
 
     N, C = side * side, heads * head_dim
     qkv, out = (_meta(256, N, n * C, dtype=dtype) for n in (3, 1))
@@ -144,8 +140,8 @@ def _digest(side: int, digests: int, heads: int, head_dim: int, dtype: torch.dty
 def _clsattn(
     batch: int, patches: int, heads: int, head_dim: int, dtype: torch.dtype, **options: Any
 ) -> None:
-    from .clsattn.triton_backward import clsattn_bwd
-    from .clsattn.triton_kernels import clsattn_fwd
+    from ..clsattn.triton_backward import clsattn_bwd
+    from ..clsattn.triton_kernels import clsattn_fwd
 
     C = heads * head_dim
     dropout_p = options.get("dropout_p", 0.0)
@@ -160,7 +156,7 @@ def _clsattn(
 
 
 def _merge(side: int, C: int, dtype: torch.dtype) -> None:
-    from .digest.triton_merge import merge_bwd, merge_fwd
+    from ..digest.triton_merge import merge_bwd, merge_fwd
 
     x, bias = _meta(256, side * side, C, dtype=dtype), _meta(C, dtype=dtype)
     merge, enhance = (_meta(C, 1, k, k, dtype=dtype) for k in (7, 3))
@@ -228,7 +224,7 @@ def figures(
     operators: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str]
 ) -> Iterator[Figures]:
     """Compile everything that these operators launch at the shapes of CALLS."""
-    from ._triton import INTERPRETED, recording
+    from .._triton import INTERPRETED, recording
 
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
@@ -317,39 +313,6 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, int, dict[int, int]]:
     for name in re.findall(r"\b(?:global|buffer)_load_(dwordx[234]|dword|ushort|short)", code):
         loads[widths[name]] = loads.get(widths[name], 0) + 1
     return registers, spilled, len(re.findall(r"\bv_mfma", code)), loads
-
-
-def command(
-    operators: Sequence[str],
-    architectures: Sequence[str],
-    dtypes: Sequence[str],
-    as_json: bool,
-    console: Console,
-) -> int:
-    """Print the table, or JSON; 1 where a kernel breaks a bound."""
-    rows = list(figures(operators or list(CALLS), architectures, dtypes))
-    if as_json:
-        print(json.dumps([asdict(row) | {"broken": row.broken} for row in rows], indent=1))
-    else:
-        _print(rows, console)
-    return int(any(row.broken for row in rows))
-
-
-def _print(rows: Sequence[Figures], console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(title="Triton kernels, compiled ahead of time")
-    for name in ("operator", "call", "kernel", "target", "dtype"):
-        table.add_column(name)
-    for name in ("warps", "registers", "spilled", "shared", "matrix", "loads"):
-        table.add_column(name, justify="right")
-    table.add_column("broken")
-    for row in rows:
-        loads = " ".join(f"{count}x{size}" for size, count in sorted(row.loads.items()))
-        numbers = (row.warps, row.registers, row.spilled, row.shared, row.matrix)
-        names = (row.operator, row.call, row.kernel, row.architecture, row.dtype)
-        table.add_row(*names, *map(str, numbers), loads, "; ".join(row.broken))
-    console.print(table)
 
 
 def _only(pattern: str, text: str) -> str:

@@ -1,0 +1,10 @@
+"""What the compilers make of the kernels: ``python -m xattn_ops kernels``. Needs no GPU.
+
+triton    compiled ahead of time, at the shapes of the papers
+cuda      read from the built library
+command   the command, and its tables
+"""
+
+from xattn_ops.kernel_report.triton import ARCHITECTURES, CALLS, DTYPES
+
+__all__ = ["ARCHITECTURES", "CALLS", "DTYPES"]
