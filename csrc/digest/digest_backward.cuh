@@ -178,6 +178,8 @@ __global__ void __launch_bounds__(kThreads, L::kFast&& L::kWidth == 32 ? 3 : 2)
   const Keep keep(a, unit);
   typename R::Place places[2] = {};
   float biases[2] = {}, bias_sums[2] = {};
+  // Terms cancel, and the tokens are many: what an addition rounds off is added to the next one.
+  float rounded_off[2] = {};
   for (int half = 0; half < 2; ++half) {
     const int key = mine.first + min(lane_row(half), mine.count - 1);
     if (mine.digests) {
@@ -227,6 +229,7 @@ __global__ void __launch_bounds__(kThreads, L::kFast&& L::kWidth == 32 ? 3 : 2)
         if (a.chunks > 1) queries.reload(first, chunk);
       }
       logits_by_key(x[0], a, relative, places, mine.digests, biases, memory->places[stage] + step);
+      float step_sums[2] = {};
 #pragma unroll
       for (int n = 0; n < kStepTiles; ++n) {
         float factor[4] = {1, 1, 1, 1};
@@ -242,8 +245,15 @@ __global__ void __launch_bounds__(kThreads, L::kFast&& L::kWidth == 32 ? 3 : 2)
                           memory->numbers[stage][1][column];
           x[0][n][e] = p * factor[e];
           x[1][n][e] = p * (x[1][n][e] * factor[e] - memory->numbers[stage][2][column]);
-          bias_sums[e >> 1] += x[1][n][e];
+          step_sums[e >> 1] += x[1][n][e];
         }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float term = step_sums[half] - rounded_off[half];
+        const float sum = bias_sums[half] + term;
+        rounded_off[half] = (sum - bias_sums[half]) - term;
+        bias_sums[half] = sum;
       }
       multiply_weights<L>(grad_value, x[0], memory->columns[stage][1] + step * L::kStride);
       multiply_weights<L>(grad_key, x[1], memory->columns[stage][0] + step * L::kStride);
