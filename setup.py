@@ -121,9 +121,10 @@ class NinjaFile:
         self.lines.append(f"  flags = {' '.join(flags)}")
         self.objects.append(obj)
 
-    def link(self, target: Path, command: str) -> str:
-        """The whole file."""
-        self.lines += ["rule link", f"  command = {command} $in -o $out"]
+    def link(self, target: Path, command: str, libraries: str = "") -> str:
+        """The whole file. Libraries stand behind the objects: linkers drop those that nothing
+        before them needs."""
+        self.lines += ["rule link", f"  command = {command} $in {libraries} -o $out"]
         self.lines.append(f"build {escape(target)}: link {' '.join(self.objects)}")
         self.lines.append(f"default {escape(target)}")
         return "\n".join(self.lines) + "\n"
@@ -142,8 +143,7 @@ def native_build(target: Path, build_dir: Path) -> str:
         build.compile(source, [*COMMON_FLAGS, *defines, *includes], "host")
     if sys.platform == "darwin":
         return build.link(target, "$cxx -bundle -undefined dynamic_lookup")
-    libraries = f"-L{torch_lib} -ltorch -ltorch_cpu -lc10"
-    return build.link(target, f"$cxx -shared {libraries}")
+    return build.link(target, "$cxx -shared", f"-L{torch_lib} -ltorch -ltorch_cpu -lc10")
 
 
 def find_nvcc() -> Path:
@@ -190,7 +190,8 @@ def cuda_build(target: Path, build_dir: Path) -> str:
         build.compile(
             source, [*NVCC_FLAGS, *codes, *HOST_DEFINES, *includes], "cuda", "compile_cuda"
         )
-    return build.link(target, f"$nvcc -shared -cudart=static -L{torch_lib} -ltorch_cpu -lc10")
+    libraries = f"-L{torch_lib} -ltorch_cpu -lc10"
+    return build.link(target, "$nvcc -shared -cudart=static", libraries)
 
 
 def torch_has_cuda() -> bool:
