@@ -125,8 +125,8 @@ def test_layouts(op: str, case: Case, layout: str, dtype: torch.dtype, backend: 
 class OnCard(Case):
     """A case whose tensors are on the card."""
 
-    def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> Tensors:
-        return on_card(super().tensors(dtype, requires_grad))
+    def tensors(self, dtype: torch.dtype, requires_grad: bool = True, draw: str = "") -> Tensors:
+        return on_card(super().tensors(dtype, requires_grad, draw))
 
 
 @backends

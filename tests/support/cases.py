@@ -50,16 +50,19 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
 
-    def tensors(self, dtype: torch.dtype, requires_grad: bool = True) -> Tensors:
-        """Random inputs, the same for every dtype but for rounding; none is contiguous."""
+    def tensors(self, dtype: torch.dtype, requires_grad: bool = True, draw: str = "") -> Tensors:
+        """Random inputs, the same for every dtype but for rounding; none is contiguous.
+
+        draw: names another draw of them.
+        """
         return {
-            name: sliced(shape, name, dtype).requires_grad_(requires_grad)
+            name: sliced(shape, name + draw, dtype).requires_grad_(requires_grad)
             for name, shape in self.shapes.items()
         }
 
-    def grad_outs(self, dtype: torch.dtype) -> list[Tensor]:
+    def grad_outs(self, dtype: torch.dtype, draw: str = "") -> list[Tensor]:
         """A random gradient of each output."""
-        return [sliced(shape, f"grad_{name}", dtype) for name, shape in self.outs.items()]
+        return [sliced(shape, f"grad_{name}{draw}", dtype) for name, shape in self.outs.items()]
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options=self.options | options)

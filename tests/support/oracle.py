@@ -28,6 +28,41 @@ def check_against_float64(
     """
     tensors = tensors or case.tensors(dtype)
     grad_outs = grad_outs or case.grad_outs(dtype)
+    results = _results(case, backend, seed, tensors, grad_outs)
+    for name, exact in results["exact"].items():
+        exact = torch.zeros_like(exact) if name in case.zero else exact
+        times = 2 if name in case.outs else 3
+        check_close(name, results["got"][name], results["formula"][name], exact, times)
+
+
+def check_draws_against_float64(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """The same for the root mean square of the errors over several draws of the inputs.
+
+    With logits of hundreds the largest error stands where two of them tie: there their last bits
+    decide, the formula's as ours, so that one largest error says little about another.
+    """
+    draws = [
+        _results(case, backend, 0, case.tensors(dtype, draw=d), case.grad_outs(dtype, d))
+        for d in ("", " again", " once more", " finally")
+    ]
+    for name, shape in (case.outs | case.shapes).items():
+        exact, formula, got = (
+            torch.stack([draw[way][name].double() for draw in draws])
+            for way in ("exact", "formula", "got")
+        )
+        if name in case.zero:
+            exact = torch.zeros_like(exact)
+        assert got.shape == (len(draws), *shape)
+        times = 2 if name in case.outs else 3
+        error, allowed = ((x - exact).square().mean().sqrt().item() for x in (got, formula))
+        allowed = allowed * times + floor(dtype, exact)
+        assert error <= allowed, f"{name}: error {error:.3g} is above {allowed:.3g}"  # NaN is not
+
+
+def _results(
+    case: Case, backend: str, seed: int, tensors: Tensors, grad_outs: Sequence[Tensor]
+) -> dict[str, Tensors]:
+    """The outputs and gradients, exact, by the formula in the same dtype, and by the backend."""
     wide = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     calls = {
         "exact": lambda: case.run(wide, [g.double() for g in grad_outs], case.reference),
@@ -38,10 +73,7 @@ def check_against_float64(
     for name, call in calls.items():
         torch.manual_seed(seed)  # the same dropout in all three
         results[name] = call()
-    for name, exact in results["exact"].items():
-        exact = torch.zeros_like(exact) if name in case.zero else exact
-        times = 2 if name in case.outs else 3
-        check_close(name, results["got"][name], results["formula"][name], exact, times)
+    return results
 
 
 def check_close(name: str, got: Tensor, formula: Tensor, exact: Tensor, times: int = 2) -> None:
