@@ -179,8 +179,8 @@ def test_swin_on_images_and_windows_of_any_size(side, options):
     ],
 )
 def test_options_of_crossvit_and_coat(family, options):
-    model = small(family, **options).eval()
-    assert_same_logits(model, image_for(model))
+    model = small(family, **options).eval().double()
+    assert_same_logits(model, image_for(model).double())
 
 
 def test_swin_goes_on_after_a_change_of_its_input_size():
