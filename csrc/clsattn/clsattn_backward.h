@@ -70,11 +70,12 @@ struct Backward {
     for (int64_t first = c.part_begin(part); first < end; first += c.block) {
       const int64_t count = min_of(c.block, end - first);
       c.template gather<true>(b, first, count, hat);
-      dot_products(
-          Matrix<T>{rows, c.stride}, c.heads, Matrix<T>{hat, c.stride}, count, c.vectors * L,
-          [&](int64_t h, int64_t t, auto size, const T* values) XATTN_LAMBDA_INLINE {
-            __builtin_memcpy(coeffs + h * c.row + t, values, sizeof(T) * decltype(size)::value);
-          });
+      dot_products(Matrix<T>{rows, c.stride}, c.heads, Matrix<T>{hat, c.stride}, count,
+                   c.vectors * L,
+                   [&](int64_t h, int64_t t, int64_t size, const T* values) XATTN_LAMBDA_INLINE {
+                     for (int64_t i = 0; i < size; ++i) coeffs[h * c.row + t + i] = values[i];
+                     if (h == 0) c.prefetch(b, first + count + t, size, end);
+                   });
       for (int64_t h = 0; h < c.heads; ++h) weigh(unit, b, h, first, count);
     }
     if (c.parts == 1) patches(unit);
@@ -125,9 +126,9 @@ struct Backward {
     const int64_t at = h * c.stride, row = c.heads * c.stride, weight = h * c.dim * c.channels;
     const T scale = (T)c.args.scale;
     dot_products(Matrix<T>{c.grad_keys + at, row}, c.batch, c.head_weight(c.args.k_weight, h),
-                 c.dim, c.channels, [&](int64_t b, int64_t j, auto count, const T* values) {
+                 c.dim, c.channels, [&](int64_t b, int64_t j, int64_t count, const T* values) {
                    T* to = c.grad_q + b * c.stride + h * c.dim + j;
-                   for (int i = 0; i < decltype(count)::value; ++i) to[i] = values[i] * scale;
+                   for (int64_t i = 0; i < count; ++i) to[i] = values[i] * scale;
                  });
     S* grad_k = (S*)c.args.grad_k_weight + weight;
     multiply(Factors<T>{c.query(0, h), 1, c.heads * c.head_row()}, c.dim, c.batch,

@@ -48,8 +48,8 @@ struct Forward {
     const S* bias = (const S*)c.args.q_bias;
     const Matrix<S> w = c.head_weight(c.args.q_weight, h);
     dot_products(Matrix<T>{c.cls, c.stride}, c.batch, w, c.dim, c.channels,
-                 [&](int64_t b, int64_t j, auto count, const T* values) {
-                   for (int i = 0; i < decltype(count)::value; ++i) {
+                 [&](int64_t b, int64_t j, int64_t count, const T* values) {
+                   for (int64_t i = 0; i < count; ++i) {
                      const T add = bias ? load_1(bias + h * c.dim + j + i) : T(0);
                      c.query(b, h)[j + i] = values[i] + add;
                    }
@@ -76,7 +76,7 @@ struct Forward {
     }
     const int64_t end = c.part_begin(part + 1);
     for (int64_t first = c.part_begin(part); first < end; first += c.block) {
-      add_block(unit, b, first, min_of(c.block, end - first));
+      add_block(unit, b, first, min_of(c.block, end - first), end);
     }
     if (c.parts == 1) join(b);
   }
@@ -106,9 +106,9 @@ struct Forward {
     const S* bias = (const S*)c.args.v_bias;
     dot_products(Matrix<T>{c.pooled + h * c.stride, c.heads * c.stride}, c.batch,
                  c.head_weight(c.args.v_weight, h), c.dim, c.channels,
-                 [&](int64_t b, int64_t j, auto count, const T* values) {
+                 [&](int64_t b, int64_t j, int64_t count, const T* values) {
                    S* out = (S*)c.args.out + b * c.channels + h * c.dim + j;
-                   for (int i = 0; i < decltype(count)::value; ++i) {
+                   for (int64_t i = 0; i < count; ++i) {
                      const T add = bias ? load_1(bias + h * c.dim + j + i) : T(0);
                      store_1(out + i, values[i] + add * c.kept[b * c.heads + h]);
                    }
@@ -118,12 +118,12 @@ struct Forward {
  private:
   static T power(T x) { return exp2_nonpositive(splat(x))[0]; }
 
-  void add_block(int64_t unit, int64_t b, int64_t first, int64_t count) const {
+  void add_block(int64_t unit, int64_t b, int64_t first, int64_t count, int64_t end) const {
     c.template gather<false>(b, first, count, hat);
     dot_products(Matrix<T>{keys, c.stride}, c.heads, Matrix<T>{hat, c.stride}, count, c.vectors * L,
-                 [&](int64_t h, int64_t t, auto size, const T* values) XATTN_LAMBDA_INLINE {
-                   __builtin_memcpy(logits + h * c.row + t, values,
-                                    sizeof(T) * decltype(size)::value);
+                 [&](int64_t h, int64_t t, int64_t size, const T* values) XATTN_LAMBDA_INLINE {
+                   for (int64_t i = 0; i < size; ++i) logits[h * c.row + t + i] = values[i];
+                   if (h == 0) c.prefetch(b, first + count + t, size, end);
                  });
     for (int64_t h = 0; h < c.heads; ++h) weigh(unit, b, h, first, count);
     T* sums = c.of_head(c.part_sums, unit, 0);

@@ -9,7 +9,7 @@ namespace xattn::XATTN_ISA::clsattn {
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 6, kColumns = 4;
 #else
-constexpr int kRows = 4, kColumns = 3;
+constexpr int kRows = 3, kColumns = 4;
 #endif
 
 // Rows of a matrix: in scratch, padded with zeros to whole vectors, or in memory.
@@ -21,46 +21,6 @@ struct Matrix {
   const S* at(int64_t r) const { return data + r * row; }
 };
 
-// out[r * C + c] = x(r) . w(c) over n channels, lanes are channels; whole vectors of x are read.
-// Not inlined: one copy for all products, which would take minutes to compile otherwise.
-template <int R, int C, class T, class S>
-__attribute__((noinline)) void dot_tile(Matrix<T> x, Matrix<S> w, int64_t n, T* out) {
-  constexpr int L = Lanes<T>::n;
-  vec<T> acc[R * C] = {};
-  const auto step = [&](int64_t at, auto get) XATTN_LAMBDA_INLINE {
-    vec<T> wv[C];
-    XATTN_UNROLL
-    for (int c = 0; c < C; ++c) wv[c] = get(w.at(c) + at);
-    XATTN_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const auto xv = load(x.at(r) + at);
-      XATTN_UNROLL
-      for (int c = 0; c < C; ++c) acc[r * C + c] += xv * wv[c];
-    }
-  };
-  int64_t at = 0;
-  for (; at + L <= n; at += L) {
-    step(at, [](const S* p) XATTN_LAMBDA_INLINE { return load(p); });
-  }
-  if (at < n) step(at, [&](const S* p) XATTN_LAMBDA_INLINE { return load_n(p, n - at); });
-  fold_each<Add>(acc, out);
-}
-
-// put(r, c, count, values): x(r) . w(c + i) for i < count, for all r < rows and c < columns.
-template <class T, class S, class Put>
-XATTN_INLINE void dot_products(Matrix<T> x, int64_t rows, Matrix<S> w, int64_t columns, int64_t n,
-                               Put put) {
-  if (rows == 0) return;
-  for_columns<kRows, 1>(rows, [&](auto height, int64_t r) XATTN_LAMBDA_INLINE {
-    for_rows<kColumns>(columns, [&](auto width, int64_t c) XATTN_LAMBDA_INLINE {
-      constexpr int R = decltype(height)::value, C = decltype(width)::value;
-      T out[R * C + Lanes<T>::n];
-      dot_tile<R, C>(Matrix<T>{x.at(r), x.row}, Matrix<S>{w.at(c), w.row}, n, out);
-      for (int i = 0; i < R; ++i) put(r + i, c, width, out + i * C);
-    });
-  });
-}
-
 // A matrix whose values are read one by one: value (r, k) is at data + r * row + k * step.
 template <class T>
 struct Factors {
@@ -68,43 +28,135 @@ struct Factors {
   int64_t row, step;
 };
 
+// acc[r * C + c] += x(r) * w(c). The fewer of the two stay in registers: beside R * C sums there is
+// room for no more.
+template <int R, int C, class V, class X, class W>
+XATTN_INLINE void outer_product(V (&acc)[R * C], X x, W w) {
+  if constexpr (R < C) {
+    V kept[R];
+    XATTN_UNROLL
+    for (int r = 0; r < R; ++r) kept[r] = x(r);
+    XATTN_UNROLL
+    for (int c = 0; c < C; ++c) {
+      const V other = w(c);
+      XATTN_UNROLL
+      for (int r = 0; r < R; ++r) acc[r * C + c] += kept[r] * other;
+    }
+  } else {
+    V kept[C];
+    XATTN_UNROLL
+    for (int c = 0; c < C; ++c) kept[c] = w(c);
+    XATTN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const V other = x(r);
+      XATTN_UNROLL
+      for (int c = 0; c < C; ++c) acc[r * C + c] += other * kept[c];
+    }
+  }
+}
+
+// The tile functions are not inlined: one copy for all products, which would take minutes to
+// compile otherwise. f(Int<R>, Int<C>) of a tile of that size.
+template <class F>
+XATTN_INLINE void with_tile(int64_t rows, int64_t columns, F f) {
+  with_constant<kRows>(rows, [&](auto r) XATTN_LAMBDA_INLINE {
+    with_constant<kColumns>(columns, [&](auto c) XATTN_LAMBDA_INLINE { f(r, c); });
+  });
+}
+
+// f(first, size) for groups of nearly equal size, `most` at the most.
+template <class F>
+XATTN_INLINE void for_groups(int64_t count, int64_t most, F f) {
+  const int64_t groups = (count + most - 1) / most;
+  for (int64_t g = 0, first = 0; g < groups; ++g) {
+    const int64_t size = (count - first + groups - g - 1) / (groups - g);
+    f(first, size);
+    first += size;
+  }
+}
+
+// out[r * columns + c] = x(r) . w(c) over n channels, lanes are channels; whole vectors of x are
+// read.
+template <class T, class S>
+__attribute__((noinline)) void dot_tile(Matrix<T> x, int64_t rows, Matrix<S> w, int64_t columns,
+                                        int64_t n, T* out) {
+  constexpr int L = Lanes<T>::n;
+  with_tile(rows, columns, [&](auto height, auto width) XATTN_LAMBDA_INLINE {
+    constexpr int R = decltype(height)::value, C = decltype(width)::value;
+    vec<T> acc[R * C] = {};
+    const auto step = [&](int64_t at, auto get) XATTN_LAMBDA_INLINE {
+      outer_product<R, C>(
+          acc, [&](int r) XATTN_LAMBDA_INLINE { return load(x.at(r) + at); },
+          [&](int c) XATTN_LAMBDA_INLINE { return get(w.at(c) + at); });
+    };
+    int64_t at = 0;
+    for (; at + L <= n; at += L) {
+      step(at, [](const S* p) XATTN_LAMBDA_INLINE { return load(p); });
+    }
+    if (at < n) step(at, [&](const S* p) XATTN_LAMBDA_INLINE { return load_n(p, n - at); });
+    fold_each<Add>(acc, out);
+  });
+}
+
+// put(r, c, count, values): x(r) . w(c + i) for i < count, for all r < rows and c < columns.
+template <class T, class S, class Put>
+XATTN_INLINE void dot_products(Matrix<T> x, int64_t rows, Matrix<S> w, int64_t columns, int64_t n,
+                               Put put) {
+  T out[kRows * kColumns + Lanes<T>::n];
+  for_groups(rows, kRows, [&](int64_t r, int64_t height) XATTN_LAMBDA_INLINE {
+    for_groups(columns, kColumns, [&](int64_t c, int64_t width) XATTN_LAMBDA_INLINE {
+      dot_tile(Matrix<T>{x.at(r), x.row}, height, Matrix<S>{w.at(c), w.row}, width, n, out);
+      for (int64_t i = 0; i < height; ++i) put(r + i, c, width, out + i * width);
+    });
+  });
+}
+
+// out[(r * columns + c) L]: sum over k < steps of a(r, k) b(k), vectors c of b; left: how many
+// values the only column has where it is not whole.
+template <class T, class S>
+__attribute__((noinline)) void multiply_tile(Factors<T> a, int64_t rows, int64_t steps, Matrix<S> b,
+                                             int64_t columns, int64_t left, T* out) {
+  constexpr int L = Lanes<T>::n;
+  const auto tile = [&](auto height, auto width, auto get) XATTN_LAMBDA_INLINE {
+    constexpr int R = decltype(height)::value, C = decltype(width)::value;
+    vec<T> acc[R * C] = {};
+    for (int64_t k = 0; k < steps; ++k) {
+      outer_product<R, C>(
+          acc, [&](int r) XATTN_LAMBDA_INLINE { return splat(a.data[r * a.row + k * a.step]); },
+          [&](int c) XATTN_LAMBDA_INLINE { return get(b.at(k) + c * L); });
+    }
+    XATTN_UNROLL
+    for (int i = 0; i < R * C; ++i) store(out + i * L, acc[i]);
+  };
+  if (left < L) {
+    return with_constant<kRows>(rows, [&](auto height) XATTN_LAMBDA_INLINE {
+      tile(height, Int<1>{}, [&](const S* p) XATTN_LAMBDA_INLINE { return load_n(p, left); });
+    });
+  }
+  with_tile(rows, columns, [&](auto height, auto width) XATTN_LAMBDA_INLINE {
+    tile(height, width, [](const S* p) XATTN_LAMBDA_INLINE { return load(p); });
+  });
+}
+
 // put(r, z, v): v = sum over k < steps of a(r, k) b(k), vector z of n channels.
 template <class T, class S, class Put>
 XATTN_INLINE void multiply(Factors<T> a, int64_t rows, int64_t steps, Matrix<S> b, int64_t n,
                            Put put) {
   constexpr int L = Lanes<T>::n;
-  const auto columns = [&](auto width, int64_t z, auto get) XATTN_LAMBDA_INLINE {
-    constexpr int C = decltype(width)::value;
-    for_rows<kRows>(rows, [&](auto height, int64_t r) XATTN_LAMBDA_INLINE {
-      constexpr int R = decltype(height)::value;
-      vec<T> acc[R][C] = {};
-      for (int64_t k = 0; k < steps; ++k) {
-        vec<T> bv[C];
-        XATTN_UNROLL
-        for (int c = 0; c < C; ++c) bv[c] = get(b.at(k) + (z + c) * L);
-        XATTN_UNROLL
-        for (int i = 0; i < R; ++i) {
-          const auto av = splat(a.data[(r + i) * a.row + k * a.step]);
-          XATTN_UNROLL
-          for (int c = 0; c < C; ++c) acc[i][c] += av * bv[c];
-        }
-      }
-      XATTN_UNROLL
-      for (int i = 0; i < R; ++i) {
-        XATTN_UNROLL
-        for (int c = 0; c < C; ++c) put(r + i, z + c, acc[i][c]);
+  T out[kRows * kColumns * L];
+  const auto columns = [&](int64_t z, int64_t width, int64_t left) XATTN_LAMBDA_INLINE {
+    const Matrix<S> from{b.data + z * L, b.row};
+    for_groups(rows, kRows, [&](int64_t r, int64_t height) XATTN_LAMBDA_INLINE {
+      const Factors<T> by{a.data + r * a.row, a.row, a.step};
+      multiply_tile(by, height, steps, from, width, left, out);
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t c = 0; c < width; ++c) put(r + i, z + c, load(out + (i * width + c) * L));
       }
     });
   };
-  const int64_t whole = n / L, left = n % L;
-  if (whole > 0) {
-    for_columns<kColumns, 1>(whole, [&](auto width, int64_t z) XATTN_LAMBDA_INLINE {
-      columns(width, z, [](const S* p) XATTN_LAMBDA_INLINE { return load(p); });
-    });
-  }
-  if (left > 0) {
-    columns(Int<1>{}, whole, [&](const S* p) XATTN_LAMBDA_INLINE { return load_n(p, left); });
-  }
+  for_groups(n / L, kColumns,
+             [&](int64_t z, int64_t width) XATTN_LAMBDA_INLINE { columns(z, width, L); });
+  if (n % L) columns(n / L, 1, n % L);
 }
 
 }  // namespace xattn::XATTN_ISA::clsattn
