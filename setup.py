@@ -210,6 +210,8 @@ class NativeBuild(build_ext):
         if for_cuda:
             wanted = os.environ.get("XATTN_BUILD_CUDA", "0" if wanted == "0" else "auto")
             what = "CUDA kernels"
+        # An earlier build's, which this one may not want or not be able to replace.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         if wanted == "0":
             print(f"xattn_ops: no {what}: they are not wanted")
             return

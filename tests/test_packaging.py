@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.cuda_library import CUDA_ARCHS, cuda_library, needs_nvcc
+from support.locks import alone
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +48,8 @@ def build_wheel(source: Path, out: Path, native: bool, cuda: bool = False) -> Pa
     flags = ("--no-build-isolation", "--no-deps", "--no-index", "-w", out)
     built = {"XATTN_BUILD_NATIVE": str(int(native)), "XATTN_BUILD_CUDA": str(int(cuda))}
     built |= CUDA_ARCHS
-    run(sys.executable, "-m", "pip", "wheel", source, *flags, **built)
+    with alone("native"):
+        run(sys.executable, "-m", "pip", "wheel", source, *flags, **built)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -116,13 +118,14 @@ def test_a_failing_nvcc(wanted: str, said: str, succeeds: bool, tmp_path: Path) 
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     nvcc.chmod(0o755)
     environment = {"XATTN_BUILD_CUDA": wanted, "CUDA_HOME": str(tmp_path / "cuda")}
-    done = subprocess.run(
-        [sys.executable, "-c", BESIDE_CUDA, str(tmp_path / "out")],
-        env=os.environ | {"XATTN_BUILD_NATIVE": "0"} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    with alone("native"):
+        done = subprocess.run(
+            [sys.executable, "-c", BESIDE_CUDA, str(tmp_path / "out")],
+            env=os.environ | {"XATTN_BUILD_NATIVE": "0"} | environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
     assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
     assert said in done.stdout + done.stderr
     assert not list(tmp_path.glob("out/xattn_ops/*.so"))

@@ -54,9 +54,8 @@ struct Backward {
   // dz of one head of all images.
   void pooled(int64_t h) const {
     const Factors<T> grad{c.grad_out + h * c.dim, c.stride, 1};
-    multiply(grad, c.batch, c.dim, c.head_weight(c.args.v_weight, h), c.channels,
-             [&](int64_t b, int64_t z, V v)
-                 XATTN_LAMBDA_INLINE { store(c.of_head(c.grad_pooled, b, h) + z * L, v); });
+    multiply(Into<T>{c.of_head(c.grad_pooled, 0, h), c.heads * c.stride, true, false}, grad,
+             c.batch, c.dim, c.head_weight(c.args.v_weight, h), c.channels);
   }
 
   // dw of a part of the tokens of an image, and its share of sum w dw.
@@ -74,7 +73,6 @@ struct Backward {
                    c.vectors * L,
                    [&](int64_t h, int64_t t, int64_t size, const T* values) XATTN_LAMBDA_INLINE {
                      for (int64_t i = 0; i < size; ++i) coeffs[h * c.row + t + i] = values[i];
-                     if (h == 0) c.prefetch(b, first + count + t, size, end);
                    });
       for (int64_t h = 0; h < c.heads; ++h) weigh(unit, b, h, first, count);
     }
@@ -131,15 +129,13 @@ struct Backward {
                    for (int64_t i = 0; i < count; ++i) to[i] = values[i] * scale;
                  });
     S* grad_k = (S*)c.args.grad_k_weight + weight;
-    multiply(Factors<T>{c.query(0, h), 1, c.heads * c.head_row()}, c.dim, c.batch,
-             Matrix<T>{c.grad_keys + at, row}, c.channels,
-             [&](int64_t d, int64_t z, V v)
-                 XATTN_LAMBDA_INLINE { c.put(grad_k + d * c.channels, z, v * scale); });
+    multiply(Into<S>{grad_k, c.channels, false, false, c.args.scale},
+             Factors<T>{c.query(0, h), 1, c.heads * c.head_row()}, c.dim, c.batch,
+             Matrix<T>{c.grad_keys + at, row}, c.channels);
     S* grad_v = (S*)c.args.grad_v_weight + weight;
-    multiply(Factors<T>{c.grad_out + h * c.dim, 1, c.stride}, c.dim, c.batch,
-             Matrix<T>{c.pooled + at, row}, c.channels,
-             [&](int64_t d, int64_t z, V v)
-                 XATTN_LAMBDA_INLINE { c.put(grad_v + d * c.channels, z, v); });
+    multiply(Into<S>{grad_v, c.channels, false, false},
+             Factors<T>{c.grad_out + h * c.dim, 1, c.stride}, c.dim, c.batch,
+             Matrix<T>{c.pooled + at, row}, c.channels);
     biases(h);
   }
 
@@ -147,14 +143,11 @@ struct Backward {
   void query(int64_t chunk) const {
     const int64_t first = chunk * kChunk, count = min_of(kChunk, c.channels - first);
     S* grad = (S*)c.args.grad_q_weight + first * c.channels;
-    multiply(Factors<T>{c.grad_q + first, 1, c.stride}, count, c.batch, Matrix<T>{c.cls, c.stride},
-             c.channels, [&](int64_t d, int64_t z, V v) XATTN_LAMBDA_INLINE {
-               c.put(grad + d * c.channels, z, v);
-             });
+    multiply(Into<S>{grad, c.channels, false, false}, Factors<T>{c.grad_q + first, 1, c.stride},
+             count, c.batch, Matrix<T>{c.cls, c.stride}, c.channels);
     const Matrix<S> weight{(const S*)c.args.q_weight + first, c.channels};
-    multiply(Factors<T>{c.grad_q, c.stride, 1}, c.batch, c.channels, weight, count,
-             [&](int64_t b, int64_t z, V v)
-                 XATTN_LAMBDA_INLINE { store(c.by_query + b * c.stride + first + z * L, v); });
+    multiply(Into<T>{c.by_query + first, c.stride, true, false}, Factors<T>{c.grad_q, c.stride, 1},
+             c.batch, c.channels, weight, count);
   }
 
   // Items [0, batch): the gradient of CLS; beyond: a vector of those of the norm.
@@ -230,14 +223,10 @@ struct Backward {
 
   void add_block(int64_t b, int64_t first, int64_t count, T* keys) const {
     const int64_t width = c.vectors * L;
-    multiply(Factors<T>{coeffs + c.heads * c.row, c.row, 1}, c.heads, count,
-             Matrix<T>{hat, c.stride}, width, [&](int64_t h, int64_t z, V v) XATTN_LAMBDA_INLINE {
-               T* to = keys + h * c.stride + z * L;
-               store(to, load(to) + v);
-             });
-    multiply(Factors<T>{coeffs, 1, c.row}, count, 2 * c.heads, Matrix<T>{rows, c.stride}, width,
-             [&](int64_t t, int64_t z, V v)
-                 XATTN_LAMBDA_INLINE { store(grads + t * c.stride + z * L, v); });
+    multiply(Into<T>{keys, c.stride, true, true}, Factors<T>{coeffs + c.heads * c.row, c.row, 1},
+             c.heads, count, Matrix<T>{hat, c.stride}, width);
+    multiply(Into<T>{grads, c.stride, true, false}, Factors<T>{coeffs, 1, c.row}, count,
+             2 * c.heads, Matrix<T>{rows, c.stride}, width);
     int64_t skip = 0;
     if (first == 0) {  // CLS waits for what comes by way of the query
       skip = 1;

@@ -8,7 +8,7 @@
 
 namespace xattn::XATTN_ISA::clsattn {
 
-constexpr int64_t kBlockBytes = 16 << 10;  // of tokens in scratch at a time
+constexpr int64_t kBlockBytes = 24 << 10;  // of tokens in scratch at a time
 constexpr int64_t kBlockTokens = 64;       // at most
 
 template <class S>
@@ -110,16 +110,6 @@ struct Call {
   XATTN_MEMBER V read(const P* p, int64_t z, Int<kTail>) const {
     if constexpr (kTail) return load_n(p + z * L, left(z));
     return load(p + z * L);
-  }
-
-  // Asks for tokens [first, first + count) of image b, up to `end`, before they are needed: while
-  // products of one block are formed, memory would otherwise rest.
-  XATTN_MEMBER void prefetch(int64_t b, int64_t first, int64_t count, int64_t end) const {
-    constexpr int64_t kLine = 64 / sizeof(S);
-    for (int64_t t = first; t < min_of(first + count, end); ++t) {
-      const S* from = token(b, t);
-      for (int64_t c = 0; c < channels; c += kLine) prefetch_line_l2(from + c);
-    }
   }
 
   // hat[i][:] = token first + i of image b after the norm, before its weight and shift. kKnown: its

@@ -54,10 +54,10 @@ struct Forward {
                      c.query(b, h)[j + i] = values[i] + add;
                    }
                  });
-    const Factors<T> q{c.query(0, h), c.heads * c.head_row(), 1};
-    multiply(q, c.batch, c.dim, c.head_weight(c.args.k_weight, h), c.channels,
-             [&](int64_t b, int64_t z, V v)
-                 XATTN_LAMBDA_INLINE { c.put(c.key(b, h), z, v * (T)c.args.scale); });
+    const int64_t row = c.heads * c.head_row();
+    multiply(Into<T>{c.key(0, h), row, false, false, c.args.scale},
+             Factors<T>{c.query(0, h), row, 1}, c.batch, c.dim, c.head_weight(c.args.k_weight, h),
+             c.channels);
   }
 
   // Softmax and weighted sum of a part of the tokens of an image, in one pass: where a block raises
@@ -76,7 +76,7 @@ struct Forward {
     }
     const int64_t end = c.part_begin(part + 1);
     for (int64_t first = c.part_begin(part); first < end; first += c.block) {
-      add_block(unit, b, first, min_of(c.block, end - first), end);
+      add_block(unit, b, first, min_of(c.block, end - first));
     }
     if (c.parts == 1) join(b);
   }
@@ -118,20 +118,15 @@ struct Forward {
  private:
   static T power(T x) { return exp2_nonpositive(splat(x))[0]; }
 
-  void add_block(int64_t unit, int64_t b, int64_t first, int64_t count, int64_t end) const {
+  void add_block(int64_t unit, int64_t b, int64_t first, int64_t count) const {
     c.template gather<false>(b, first, count, hat);
     dot_products(Matrix<T>{keys, c.stride}, c.heads, Matrix<T>{hat, c.stride}, count, c.vectors * L,
                  [&](int64_t h, int64_t t, int64_t size, const T* values) XATTN_LAMBDA_INLINE {
                    for (int64_t i = 0; i < size; ++i) logits[h * c.row + t + i] = values[i];
-                   if (h == 0) c.prefetch(b, first + count + t, size, end);
                  });
     for (int64_t h = 0; h < c.heads; ++h) weigh(unit, b, h, first, count);
-    T* sums = c.of_head(c.part_sums, unit, 0);
-    multiply(Factors<T>{logits, c.row, 1}, c.heads, count, Matrix<T>{hat, c.stride}, c.vectors * L,
-             [&](int64_t h, int64_t z, V v) XATTN_LAMBDA_INLINE {
-               T* to = sums + h * c.stride + z * L;
-               store(to, load(to) + v);
-             });
+    multiply(Into<T>{c.of_head(c.part_sums, unit, 0), c.stride, true, true},
+             Factors<T>{logits, c.row, 1}, c.heads, count, Matrix<T>{hat, c.stride}, c.vectors * L);
   }
 
   // The logits of one head's block become weights relative to the largest logit so far.

@@ -111,12 +111,23 @@ XATTN_INLINE void dot_products(Matrix<T> x, int64_t rows, Matrix<S> w, int64_t c
   });
 }
 
-// out[(r * columns + c) L]: sum over k < steps of a(r, k) b(k), vectors c of b; left: how many
-// values the only column has where it is not whole.
-template <class T, class S>
-__attribute__((noinline)) void multiply_tile(Factors<T> a, int64_t rows, int64_t steps, Matrix<S> b,
-                                             int64_t columns, int64_t left, T* out) {
+// Where a product goes: rows in scratch, written up to whole vectors, or rows of n values in
+// memory.
+template <class O>
+struct Into {
+  O* data;
+  int64_t row;  // distance of two rows
+  bool scratch, add;
+  double scale = 1;
+};
+
+// out[r][c] (+)= scale sum over k < steps of a(r, k) b(k), vectors c of b; left: how many values
+// the only column has where it is not whole.
+template <class O, class T, class S>
+__attribute__((noinline)) void multiply_tile(Into<O> out, Factors<T> a, int64_t rows, int64_t steps,
+                                             Matrix<S> b, int64_t columns, int64_t left) {
   constexpr int L = Lanes<T>::n;
+  const T scale = (T)out.scale;
   const auto tile = [&](auto height, auto width, auto get) XATTN_LAMBDA_INLINE {
     constexpr int R = decltype(height)::value, C = decltype(width)::value;
     vec<T> acc[R * C] = {};
@@ -126,7 +137,18 @@ __attribute__((noinline)) void multiply_tile(Factors<T> a, int64_t rows, int64_t
           [&](int c) XATTN_LAMBDA_INLINE { return get(b.at(k) + c * L); });
     }
     XATTN_UNROLL
-    for (int i = 0; i < R * C; ++i) store(out + i * L, acc[i]);
+    for (int r = 0; r < R; ++r) {
+      XATTN_UNROLL
+      for (int c = 0; c < C; ++c) {
+        O* to = out.data + r * out.row + c * L;
+        const vec<T> v = acc[r * C + c] * scale;
+        if (left < L && !out.scratch) {
+          store_n(to, v, left);
+        } else {
+          store(to, out.add ? load(to) + v : v);
+        }
+      }
+    }
   };
   if (left < L) {
     return with_constant<kRows>(rows, [&](auto height) XATTN_LAMBDA_INLINE {
@@ -138,25 +160,22 @@ __attribute__((noinline)) void multiply_tile(Factors<T> a, int64_t rows, int64_t
   });
 }
 
-// put(r, z, v): v = sum over k < steps of a(r, k) b(k), vector z of n channels.
-template <class T, class S, class Put>
-XATTN_INLINE void multiply(Factors<T> a, int64_t rows, int64_t steps, Matrix<S> b, int64_t n,
-                           Put put) {
+// out[r] (+)= scale sum over k < steps of a(r, k) b(k), rows of n channels.
+template <class O, class T, class S>
+XATTN_INLINE void multiply(Into<O> out, Factors<T> a, int64_t rows, int64_t steps, Matrix<S> b,
+                           int64_t n) {
   constexpr int L = Lanes<T>::n;
-  T out[kRows * kColumns * L];
-  const auto columns = [&](int64_t z, int64_t width, int64_t left) XATTN_LAMBDA_INLINE {
-    const Matrix<S> from{b.data + z * L, b.row};
+  const auto of_columns = [&](int64_t z, int64_t width, int64_t left) XATTN_LAMBDA_INLINE {
     for_groups(rows, kRows, [&](int64_t r, int64_t height) XATTN_LAMBDA_INLINE {
-      const Factors<T> by{a.data + r * a.row, a.row, a.step};
-      multiply_tile(by, height, steps, from, width, left, out);
-      for (int64_t i = 0; i < height; ++i) {
-        for (int64_t c = 0; c < width; ++c) put(r + i, z + c, load(out + (i * width + c) * L));
-      }
+      Into<O> to = out;
+      to.data += r * out.row + z * L;
+      multiply_tile(to, Factors<T>{a.data + r * a.row, a.row, a.step}, height, steps,
+                    Matrix<S>{b.data + z * L, b.row}, width, left);
     });
   };
   for_groups(n / L, kColumns,
-             [&](int64_t z, int64_t width) XATTN_LAMBDA_INLINE { columns(z, width, L); });
-  if (n % L) columns(n / L, 1, n % L);
+             [&](int64_t z, int64_t width) XATTN_LAMBDA_INLINE { of_columns(z, width, L); });
+  if (n % L) of_columns(n / L, 1, n % L);
 }
 
 }  // namespace xattn::XATTN_ISA::clsattn

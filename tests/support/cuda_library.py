@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.locks import alone
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "tests"
 
@@ -34,9 +36,10 @@ def cuda_library() -> Path:
     """Built beside whatever torch is there; only what changed."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(BUILD)]
     wanted = {"XATTN_BUILD_NATIVE": "0", "XATTN_BUILD_CUDA": "1"} | CUDA_ARCHS
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | wanted, capture_output=True, text=True
-    )
+    with alone("native"):
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | wanted, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     (library,) = BUILD.glob("xattn_ops/_C_cuda*.so")
     return library

@@ -7,7 +7,6 @@ uninitialised memory, races, alignment.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import os
@@ -25,6 +24,7 @@ from unittest import mock
 import pytest
 import torch
 
+from support.locks import alone
 from xattn_ops import _backend, _library, _registration
 
 ROOT = Path(__file__).parents[2]
@@ -151,8 +151,7 @@ def _library_file(flavour: str) -> Path:
 def build() -> None:
     """Compile what changed, for both flavours."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone("emulation"):
         (BUILD / "build.ninja").write_text(_ninja_file())
         ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
         done = subprocess.run(
