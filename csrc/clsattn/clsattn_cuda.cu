@@ -1,9 +1,10 @@
-// CLS-query cross attention on the GPU: launches. The arithmetic is in
-// clsattn_forward.cuh and clsattn_backward.cuh; sizes that these do not take, odd channels or many
-// heads, go through clsattn_general.cuh.
+// CLS-query cross attention on the GPU: launches. The arithmetic is in clsattn_forward.cuh,
+// clsattn_backward.cuh and clsattn_backward_tokens.cuh; sizes that these do not take, odd channels
+// or many heads, go through clsattn_general.cuh.
 #include <tuple>
 
 #include "clsattn_cuda.h"
+#include "clsattn_backward_tokens.cuh"
 #include "clsattn_general.cuh"
 #include "common/small_matmul.cuh"
 
