@@ -137,14 +137,6 @@ static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Name of the instruction set whose kernels run."},
     {nullptr, nullptr, 0, nullptr},
 };
-static PyModuleDef module = {PyModuleDef_HEAD_INIT,
-                             "_C",
-                             "CPU kernels of xattn_ops.",
-                             -1,
-                             methods,
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             nullptr};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels of xattn_ops.", -1, methods};
 
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

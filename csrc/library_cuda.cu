@@ -15,14 +15,7 @@ static PyMethodDef methods[] = {
     {"driver", version<cudaDriverGetVersion>, METH_NOARGS, "The newest CUDA that the driver runs."},
     {nullptr, nullptr, 0, nullptr},
 };
-static PyModuleDef module = {PyModuleDef_HEAD_INIT,
-                             "_C_cuda",
-                             "CUDA kernels of xattn_ops.",
-                             -1,
-                             methods,
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             nullptr};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels of xattn_ops.", -1,
+                             methods};
 
 PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&module); }

@@ -6,8 +6,6 @@ stand in the operators' descriptions (`unemulated`); others take the same ways t
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from support.cases import Case, assert_equal
@@ -20,11 +18,11 @@ from support.emulator import (
     module_name,
 )
 from support.layouts import changed, check_as_dense, layouts
+from support.leaf_calls import Calls
 from support.operators import OPERATORS, SMALL, of
 from support.oracle import check_against_float64, check_nan_stays_in_its_image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xattn_ops import explain
@@ -114,28 +112,13 @@ def test_nan_stays_in_its_image(op: str) -> None:
         check_nan_stays_in_its_image(SMALL[op], torch.float32, "cuda")
 
 
-class Calls(TorchDispatchMode):
-    """The calls of leaf ops: what was called, with what, and what it gave."""
-
-    def __init__(self, flavour: str) -> None:
-        super().__init__()
-        self.namespace = module_name(flavour)
-        self.seen: list[tuple[Any, tuple[Any, ...], Any]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == self.namespace:
-            self.seen.append((func, args, result))
-        return result
-
-
 @flavours
 @kernels
 def test_leaf_ops_give_what_their_fakes_say(op: str, flavour: str) -> None:
     """Shapes, dtypes and strides of every return, what is kept for the backward included."""
     case = SMALL[op]
     tensors, grad_outs = case.tensors(torch.bfloat16), case.grad_outs(torch.bfloat16)
-    with emulator(flavour), Calls(flavour) as calls:
+    with emulator(flavour), Calls(module_name(flavour)) as calls:
         case.run(tensors, grad_outs, backend="cuda")
     names = [func._schema.name.split("::")[1] for func, _, _ in calls.seen]
     assert names == [f"{op}_fwd", f"{op}_bwd"]
@@ -161,7 +144,7 @@ def test_float64_is_refused(op: str) -> None:
 def test_leaf_op_refuses_float64(op: str) -> None:
     """The second line of checks, behind a direct call of torch.ops."""
     tensors = SMALL[op].tensors(torch.float32, requires_grad=False)
-    with emulator("plain"), Calls("plain") as calls:
+    with emulator("plain"), Calls(module_name("plain")) as calls:
         SMALL[op].outputs(tensors, backend="cuda")
     ((func, args, _),) = calls.seen
     wide = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "clsattn_checks.h"
 #include "common/isa.h"
-#include "common/tensors.h"
 
 namespace xattn {
 
@@ -14,69 +14,19 @@ XATTN_SELECT_KERNELS(ClsAttnKernels, clsattn_kernels)
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using Optional = std::optional<Tensor>;
 
-struct Options {
-  int64_t heads;
-  double eps, scale, dropout_p;
-};
-
-// The tensors of a call in the layout that the kernels read.
-struct Inputs {
-  Tensor cls, patches, q_weight, k_weight, v_weight;
-  Optional q_bias, v_bias, norm_weight, norm_bias;
-
-  Inputs(const Tensor& cls, const Tensor& patches, const Tensor& q_weight, const Optional& q_bias,
-         const Tensor& k_weight, const Tensor& v_weight, const Optional& v_bias,
-         const Optional& norm_weight, const Optional& norm_bias)
-      : cls(dense_last(cls)),
-        patches(dense_last(patches)),
-        q_weight(torch::stable::contiguous(q_weight)),
-        k_weight(torch::stable::contiguous(k_weight)),
-        v_weight(torch::stable::contiguous(v_weight)),
-        q_bias(contiguous_or_null(q_bias)),
-        v_bias(contiguous_or_null(v_bias)),
-        norm_weight(contiguous_or_null(norm_weight)),
-        norm_bias(contiguous_or_null(norm_bias)) {}
-};
-
-void check(const Inputs& in, const Options& o) {
-  const Dtype dtype = dtype_of(in.cls);
-  STD_TORCH_CHECK(in.cls.dim() == 3 && in.cls.size(1) == 1 && in.cls.size(2) > 0,
-                  "clsattn: cls_token must be [B, 1, C]");
-  const int64_t channels = in.cls.size(2);
-  STD_TORCH_CHECK(in.patches.dim() == 3 && in.patches.size(0) == in.cls.size(0) &&
-                      in.patches.size(2) == channels && dtype_of(in.patches) == dtype,
-                  "clsattn: patches must be [B, N, C] of cls_token's batch, channels and dtype");
-  STD_TORCH_CHECK(o.heads > 0 && channels % o.heads == 0,
-                  "clsattn: num_heads must divide the channels");
-  for (const Tensor* t : {&in.q_weight, &in.k_weight, &in.v_weight}) {
-    STD_TORCH_CHECK(
-        t->dim() == 2 && t->size(0) == channels && t->size(1) == channels && dtype_of(*t) == dtype,
-        "clsattn: weights must be [C, C] of cls_token's dtype");
-  }
-  for (const Optional* t : {&in.q_bias, &in.v_bias, &in.norm_weight, &in.norm_bias}) {
-    STD_TORCH_CHECK(!t->has_value() || ((*t)->numel() == channels && dtype_of(**t) == dtype),
-                    "clsattn: biases and the norm's weights must be [C] of cls_token's dtype");
-  }
-  STD_TORCH_CHECK(in.norm_weight.has_value() || !in.norm_bias.has_value(),
-                  "clsattn: norm_bias needs norm_weight");
-}
-
-ClsAttnArgs make_args(const Inputs& in, const Optional& seed, const Options& o) {
-  check(in, o);
+ClsAttnArgs make_args(const ClsAttnTensors& in, const ClsAttnOptions& o) {
   ClsAttnArgs a{};
   a.dtype = dtype_of(in.cls);
   a.batch = in.cls.size(0);
   a.tokens = 1 + in.patches.size(1);
-  STD_TORCH_CHECK(a.tokens <= INT32_MAX, "clsattn: more than 2^31 tokens");
   a.heads = o.heads;
   a.head_dim = in.cls.size(2) / o.heads;
   a.eps = o.eps;
   a.scale = o.scale;
   a.dropout_p = o.dropout_p;
-  if (o.dropout_p > 0) read_seed(seed, a.dropout_key);
+  if (o.dropout_p > 0) read_seed(in.seed, a.dropout_key);
   // Where images are few, their tokens are split. It depends on sizes alone, so the order of every
   // sum does too.
   constexpr int64_t kUnits = 8, kTokens = 64;
@@ -112,49 +62,25 @@ void run_stages(ClsAttnArgs& a, ClsAttnStage first, ClsAttnStage last) {
   }
 }
 
-std::vector<int64_t> head_sizes(const ClsAttnArgs& a) {
-  return {a.batch, a.heads, a.head_dim + 2 * a.channels()};
-}
-std::vector<int64_t> token_sizes(const ClsAttnArgs& a) {
-  return {a.batch, a.heads + (a.norm_weight ? 2 : 0), a.tokens};
-}
-
 std::tuple<Tensor, Tensor, Tensor> clsattn_fwd(Tensor cls, Tensor patches, Tensor q_weight,
                                                Optional q_bias, Tensor k_weight, Tensor v_weight,
                                                Optional v_bias, Optional norm_weight,
                                                Optional norm_bias, Optional seed, int64_t heads,
                                                double eps, double scale, double dropout_p) {
-  const Inputs in(cls, patches, q_weight, q_bias, k_weight, v_weight, v_bias, norm_weight,
-                  norm_bias);
-  ClsAttnArgs a = make_args(in, seed, {heads, eps, scale, dropout_p});
+  const ClsAttnOptions options{heads, eps, scale, dropout_p};
+  ClsAttnTensors in{cls,    patches, q_weight,    k_weight,  v_weight,
+                    q_bias, v_bias,  norm_weight, norm_bias, seed};
+  check_clsattn(in, options);
+  in.lay_out(dense_last);
+  ClsAttnArgs a = make_args(in, options);
   Tensor out = empty_for(in.cls, {a.batch, 1, a.channels()});
-  Tensor head_state = empty_for(in.cls, head_sizes(a), compute_type(a.dtype));
-  Tensor token_state = empty_for(in.cls, token_sizes(a), compute_type(a.dtype));
+  Tensor head_state = empty_for(in.cls, in.head_sizes(options), compute_type(a.dtype));
+  Tensor token_state = empty_for(in.cls, in.token_sizes(options), compute_type(a.dtype));
   a.out = out.mutable_data_ptr();
   a.head_state = head_state.mutable_data_ptr();
   a.token_state = token_state.mutable_data_ptr();
   run_stages(a, ClsAttnStage::kToken, ClsAttnStage::kForward);
   return {out, head_state, token_state};
-}
-
-bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
-  return same;
-}
-
-void set_state(ClsAttnArgs& a, const Tensor& grad_out, const Tensor& head_state,
-               const Tensor& token_state) {
-  STD_TORCH_CHECK(has_sizes(grad_out, {a.batch, 1, a.channels()}) && dtype_of(grad_out) == a.dtype,
-                  "clsattn: grad_out must have the shape and dtype of the output");
-  const auto type = compute_type(a.dtype);
-  STD_TORCH_CHECK(has_sizes(head_state, head_sizes(a)) && head_state.scalar_type() == type &&
-                      has_sizes(token_state, token_sizes(a)) && token_state.scalar_type() == type,
-                  "clsattn: head_state and token_state must be what clsattn_fwd returned");
-  a.grad_out = grad_out.const_data_ptr();
-  a.grad_out_stride = grad_out.stride(0);
-  a.head_state = const_cast<void*>(head_state.const_data_ptr());
-  a.token_state = const_cast<void*>(token_state.const_data_ptr());
 }
 
 using NineTensors =
@@ -165,13 +91,20 @@ NineTensors clsattn_bwd(Tensor grad_out, Tensor cls, Tensor patches, Tensor q_we
                         Optional norm_weight, Optional norm_bias, Tensor head_state,
                         Tensor token_state, Optional seed, int64_t heads, double eps, double scale,
                         double dropout_p) {
-  const Inputs in(cls, patches, q_weight, q_bias, k_weight, v_weight, v_bias, norm_weight,
-                  norm_bias);
-  ClsAttnArgs a = make_args(in, seed, {heads, eps, scale, dropout_p});
+  const ClsAttnOptions options{heads, eps, scale, dropout_p};
+  ClsAttnTensors in{cls,    patches, q_weight,    k_weight,  v_weight,
+                    q_bias, v_bias,  norm_weight, norm_bias, seed};
+  check_clsattn(in, options);
+  check_clsattn_gradient(in, options, grad_out, head_state, token_state);
+  in.lay_out(dense_last);
+  ClsAttnArgs a = make_args(in, options);
   grad_out = dense_last(grad_out);
+  a.grad_out = grad_out.const_data_ptr();
+  a.grad_out_stride = grad_out.stride(0);
   head_state = torch::stable::contiguous(head_state);
   token_state = torch::stable::contiguous(token_state);
-  set_state(a, grad_out, head_state, token_state);
+  a.head_state = const_cast<void*>(head_state.const_data_ptr());
+  a.token_state = const_cast<void*>(token_state.const_data_ptr());
 
   const int64_t channels = a.channels();
   const auto empty = [&](bool there, std::vector<int64_t> sizes, void*& data) {

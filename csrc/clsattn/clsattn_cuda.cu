@@ -1,9 +1,10 @@
-// CLS-query cross attention on the GPU: launches. The arithmetic is in
-// clsattn_forward.cuh and clsattn_backward.cuh; sizes that these do not take, odd channels or many
-// heads, go through clsattn_general.cuh.
+// CLS-query cross attention on the GPU: launches. The arithmetic is in clsattn_forward.cuh,
+// clsattn_backward.cuh and clsattn_backward_tokens.cuh; sizes that these do not take, odd channels
+// or many heads, go through clsattn_general.cuh.
 #include <tuple>
 
 #include "clsattn_cuda.h"
+#include "clsattn_backward_tokens.cuh"
 #include "clsattn_general.cuh"
 #include "common/small_matmul.cuh"
 
@@ -283,11 +284,12 @@ std::tuple<Tensor, Tensor, Tensor> clsattn_fwd(Tensor cls, Tensor patches, Tenso
                                                double eps, double scale, double dropout_p) {
   CudaCall call(cls);
   const Options options{heads, eps, scale, dropout_p};
-  const Tensors t = make_tensors(cls, patches, q_weight, q_bias, k_weight, v_weight, v_bias,
-                                 norm_weight, norm_bias, seed, options);
+  const Tensors t = make_tensors(
+      {cls, patches, q_weight, k_weight, v_weight, q_bias, v_bias, norm_weight, norm_bias, seed},
+      options);
   Tensor out = call.empty({t.cls.size(0), 1, t.cls.size(2)}, t.cls.scalar_type());
-  Tensor head_state = call.empty(head_sizes(t, options), ScalarType::Float);
-  Tensor token_state = call.empty(token_sizes(t, options), ScalarType::Float);
+  Tensor head_state = call.empty(t.head_sizes(options), ScalarType::Float);
+  Tensor token_state = call.empty(t.token_sizes(options), ScalarType::Float);
   for_storage(dtype_of(t.cls), [&](auto value) {
     using T = decltype(value);
     auto in = make_inputs<T>(call, t, options);
@@ -296,24 +298,6 @@ std::tuple<Tensor, Tensor, Tensor> clsattn_fwd(Tensor cls, Tensor patches, Tenso
     run_forward<T>(call, t, in, out);
   });
   return {out, head_state, token_state};
-}
-
-bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
-  return same;
-}
-
-void check_states(const Tensors& t, const Options& o, const Tensor& grad_out,
-                  const Tensor& head_state, const Tensor& token_state) {
-  STD_TORCH_CHECK(has_sizes(grad_out, {t.cls.size(0), 1, t.cls.size(2)}) &&
-                      dtype_of(grad_out) == dtype_of(t.cls),
-                  "clsattn: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(has_sizes(head_state, head_sizes(t, o)) &&
-                      head_state.scalar_type() == ScalarType::Float &&
-                      has_sizes(token_state, token_sizes(t, o)) &&
-                      token_state.scalar_type() == ScalarType::Float,
-                  "clsattn: head_state and token_state must be what clsattn_fwd returned");
 }
 
 using NineTensors =
@@ -326,9 +310,10 @@ NineTensors clsattn_bwd(Tensor grad_out, Tensor cls, Tensor patches, Tensor q_we
                         double dropout_p) {
   CudaCall call(cls);
   const Options options{heads, eps, scale, dropout_p};
-  const Tensors t = make_tensors(cls, patches, q_weight, q_bias, k_weight, v_weight, v_bias,
-                                 norm_weight, norm_bias, seed, options);
-  check_states(t, options, grad_out, head_state, token_state);
+  const Tensors t = make_tensors(
+      {cls, patches, q_weight, k_weight, v_weight, q_bias, v_bias, norm_weight, norm_bias, seed},
+      options);
+  check_clsattn_gradient(t, options, grad_out, head_state, token_state);
   grad_out = dense_last(grad_out);
   head_state = torch::stable::contiguous(head_state);
   token_state = torch::stable::contiguous(token_state);

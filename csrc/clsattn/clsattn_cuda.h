@@ -1,10 +1,10 @@
-// CLS-query cross attention on the GPU: the tensors of a call, checked and in the layout that the
-// kernels read.
+// CLS-query cross attention on the GPU: the tensors of a call as the kernels read them.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "clsattn_checks.h"
 #include "clsattn_device.cuh"
 #include "common/cuda_call.h"
 
@@ -12,46 +12,8 @@ namespace xattn::clsattn_cuda {
 
 using torch::headeronly::ScalarType;
 using Optional = std::optional<Tensor>;
-
-struct Options {
-  int64_t heads;
-  double eps, scale, dropout_p;
-};
-
-// The tensors of a call in the layout that the kernels read.
-struct Tensors {
-  Tensor cls, patches, q_weight, k_weight, v_weight;
-  Optional q_bias, v_bias, norm_weight, norm_bias, seed;
-};
-
-inline void check(const Tensors& in, const Options& o) {
-  const Dtype dtype = dtype_of(in.cls);
-  STD_TORCH_CHECK(in.cls.dim() == 3 && in.cls.size(1) == 1 && in.cls.size(2) > 0,
-                  "clsattn: cls_token must be [B, 1, C]");
-  const int64_t channels = in.cls.size(2);
-  STD_TORCH_CHECK(in.patches.dim() == 3 && in.patches.size(0) == in.cls.size(0) &&
-                      in.patches.size(1) > 0 && in.patches.size(2) == channels &&
-                      dtype_of(in.patches) == dtype,
-                  "clsattn: patches must be [B, N, C] of cls_token's batch, channels and dtype");
-  STD_TORCH_CHECK(in.patches.size(1) < INT32_MAX - kTokens && channels < (1 << 24),
-                  "clsattn: too many tokens or channels");
-  STD_TORCH_CHECK(o.heads > 0 && channels % o.heads == 0,
-                  "clsattn: num_heads must divide the channels");
-  for (const Tensor* t : {&in.q_weight, &in.k_weight, &in.v_weight}) {
-    STD_TORCH_CHECK(
-        t->dim() == 2 && t->size(0) == channels && t->size(1) == channels && dtype_of(*t) == dtype,
-        "clsattn: weights must be [C, C] of cls_token's dtype");
-  }
-  for (const Optional* t : {&in.q_bias, &in.v_bias, &in.norm_weight, &in.norm_bias}) {
-    STD_TORCH_CHECK(!t->has_value() || ((*t)->numel() == channels && dtype_of(**t) == dtype),
-                    "clsattn: biases and the norm's weights must be [C] of cls_token's dtype");
-  }
-  STD_TORCH_CHECK(in.norm_weight.has_value() || !in.norm_bias.has_value(),
-                  "clsattn: norm_bias needs norm_weight");
-  STD_TORCH_CHECK(o.dropout_p == 0 || (in.seed.has_value() && in.seed->numel() == 1 &&
-                                       in.seed->scalar_type() == ScalarType::Long),
-                  "clsattn: dropout needs `seed`, one int64");
-}
+using Options = ClsAttnOptions;
+using Tensors = ClsAttnTensors;
 
 template <class T>
 Inputs<T> make_inputs(CudaCall& call, const Tensors& t, const Options& o) {
@@ -115,32 +77,12 @@ inline Tensor in_pieces(const Tensor& t) {
   return copy;
 }
 
-inline Tensors make_tensors(const Tensor& cls, const Tensor& patches, const Tensor& q_weight,
-                            const Optional& q_bias, const Tensor& k_weight, const Tensor& v_weight,
-                            const Optional& v_bias, const Optional& norm_weight,
-                            const Optional& norm_bias, const Optional& seed,
-                            const Options& options) {
-  using torch::stable::contiguous;
-  Tensors t{in_pieces(cls),
-            in_pieces(patches),
-            contiguous(q_weight),
-            contiguous(k_weight),
-            contiguous(v_weight),
-            contiguous_or_null(q_bias),
-            contiguous_or_null(v_bias),
-            contiguous_or_null(norm_weight),
-            contiguous_or_null(norm_bias),
-            seed};
-  check(t, options);
+inline Tensors make_tensors(Tensors t, const Options& o) {
+  check_clsattn(t, o);
+  STD_TORCH_CHECK(t.patches.size(1) < INT32_MAX - kTokens && t.channels() < (1 << 24),
+                  "clsattn: too many tokens or channels");
+  t.lay_out(in_pieces);
   return t;
-}
-
-inline std::vector<int64_t> head_sizes(const Tensors& t, const Options& o) {
-  const int64_t channels = t.cls.size(2);
-  return {t.cls.size(0), o.heads, channels / o.heads + 2 * channels};
-}
-inline std::vector<int64_t> token_sizes(const Tensors& t, const Options& o) {
-  return {t.cls.size(0), o.heads + (t.norm_weight ? 2 : 0), 1 + t.patches.size(1)};
 }
 
 }  // namespace xattn::clsattn_cuda

@@ -84,19 +84,59 @@ XATTN_DEVICE Spread join(const Spread& a, const Spread& b) {
   return {count, a.mean + apart * share, a.square + b.square + apart * apart * a.count * share};
 }
 
-// A tile of tokens `first` .. in shared memory, from `end` on zeros; copied in the background.
+// What a block takes: a part of the tokens of an image, in tiles. Of the tiles in shared memory,
+// [stages][kTokens][stride], one is used while the next one, if there are two, is loaded.
 template <class T>
-XATTN_DEVICE void load_tokens(const Inputs<T>& in, T* x, int stride, int64_t b, int first,
-                              int end) {
-  constexpr int kPiece = 16 / sizeof(T);
-  for (int r = threadIdx.x / 32; r < kTokens; r += kWarps) {
-    const bool inside = first + r < end;
-    const T* from = in.token(b, inside ? first + r : first);
-    for (int c = lane_id() * kPiece; c < in.channels; c += 32 * kPiece) {
-      ptx::cp_async<16>(x + r * stride + c, from + c, inside);
+struct TokenTiles {
+  const Inputs<T>& in;
+  T* x;
+  int stride, stages;
+  int64_t b;
+  int begin, end;
+
+  XATTN_DEVICE TokenTiles(const Inputs<T>& in, T* x, int stride, int stages)
+      : in(in),
+        x(x),
+        stride(stride),
+        stages(stages),
+        b(blockIdx.x / in.parts),
+        begin(blockIdx.x % in.parts * in.per_part),
+        end(min(begin + in.per_part, in.tokens)) {}
+
+  // Copies tokens `first` .. in the background, from `end` on zeros; to be committed.
+  XATTN_DEVICE void load(int first) const {
+    constexpr int kPiece = 16 / sizeof(T);
+    T* to = tile(first);
+    for (int r = threadIdx.x / 32; r < kTokens; r += kWarps) {
+      const bool inside = first + r < end;
+      const T* from = in.token(b, inside ? first + r : first);
+      for (int c = lane_id() * kPiece; c < in.channels; c += 32 * kPiece) {
+        ptx::cp_async<16>(to + r * stride + c, from + c, inside);
+      }
     }
   }
-}
+
+  // The tile of tokens `first` .., once it is there; all threads have done with the one before.
+  XATTN_DEVICE T* next(int first) const {
+    if (stages == 1 && first > begin) {
+      __syncthreads();
+      load(first);
+      ptx::cp_async_commit();
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (stages > 1 && first + kTokens < end) {
+      load(first + kTokens);
+      ptx::cp_async_commit();
+    }
+    return tile(first);
+  }
+
+ private:
+  XATTN_DEVICE T* tile(int first) const {
+    return x + ((first - begin) / kTokens & (stages - 1)) * kTokens * stride;
+  }
+};
 
 // `count` rows of channels, then zeros up to `padded`.
 template <class T>

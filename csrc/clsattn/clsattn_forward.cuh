@@ -56,15 +56,14 @@ __global__ void __launch_bounds__(kThreads) fold_keys(const Forward<T> in) {
 template <class T, int kGroups>
 struct PoolMemory {
   int stride;
-  T *x[2], *keys, *weights;   // [kTokens][stride] twice, or once; [8 kGroups][stride]; of the tile
+  T *x, *keys, *weights;      // [stages][kTokens][stride]; [8 kGroups][stride]; of the tile
   float *products, *spreads;  // of each half of the channels: [8 kGroups][kTokens]; [2][kTokens]
   float* factors;             // [8 kGroups]: of what was summed before; then the sums of w mean
   int bytes;
 
   __host__ __device__ PoolMemory(int channels, int stages, void* memory) : stride(channels + 8) {
     Memory m{static_cast<char*>(memory)};
-    x[0] = m.take<T>(kTokens * stride);
-    x[1] = stages > 1 ? m.take<T>(kTokens * stride) : x[0];
+    x = m.take<T>(stages * kTokens * stride);
     keys = m.take<T>(8 * kGroups * stride);
     weights = m.take<T>(8 * kGroups * kCoefficients);
     products = m.take<float>(2 * 8 * kGroups * kProducts);
@@ -251,10 +250,9 @@ template <class T, int kTiles, int kGroups>
 __global__ void __launch_bounds__(kThreads) pool(const Forward<T> in, int stages) {
   SHARED_DYNAMIC(char, memory);
   const PoolMemory<T, kGroups> m(in.channels, stages, memory);
-  const int64_t b = blockIdx.x / in.parts;
-  const int begin = blockIdx.x % in.parts * in.per_part;
-  const int end = min(begin + in.per_part, in.tokens);
-  load_tokens(in, m.x[0], m.stride, b, begin, end);
+  const TokenTiles<T> tiles(in, m.x, m.stride, stages);
+  const int64_t b = tiles.b;
+  tiles.load(tiles.begin);
   load_rows(m.keys, m.stride, in.keys + b * in.heads * in.channels, in.heads, 8 * kGroups,
             in.channels);
   ptx::cp_async_commit();
@@ -276,24 +274,14 @@ __global__ void __launch_bounds__(kThreads) pool(const Forward<T> in, int stages
   const Channels own(in.channels);
   float sums[kTiles][kGroups][4] = {};
 
-  for (int first = begin, stage = 0; first < end; first += kTokens, stage ^= 1) {
-    if (stages == 1 && first > begin) {
-      __syncthreads();  // all have summed the tile before
-      load_tokens(in, m.x[0], m.stride, b, first, end);
-      ptx::cp_async_commit();
-    }
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (stages > 1 && first + kTokens < end) {
-      load_tokens(in, m.x[stage ^ 1], m.stride, b, first + kTokens, end);
-      ptx::cp_async_commit();
-    }
-    multiply_keys(m, m.x[stage], share, in.norm_weight != nullptr);
+  for (int first = tiles.begin; first < tiles.end; first += kTokens) {
+    const T* const x = tiles.next(first);
+    multiply_keys(m, x, share, in.norm_weight != nullptr);
     __syncthreads();
     const int n = first + lane_id();
-    weigh(in, m, state, b, n, n < end, unit);
+    weigh(in, m, state, b, n, n < tiles.end, unit);
     __syncthreads();
-    add_tokens(m, m.x[stage], own, sums);
+    add_tokens(m, x, own, sums);
   }
   __syncthreads();  // m.factors is free
   store_stats(in, m, state);

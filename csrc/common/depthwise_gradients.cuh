@@ -119,25 +119,15 @@ __global__ __launch_bounds__(kStripThreads, 3) void sum_tap_gradients(TapGradien
   TapSums sums;
   for (int64_t unit = share; unit < units; unit += a.shares) {
     const int64_t n = unit / plan.blocks();
-    const StripPart part(plan, static_cast<int>(unit % plan.blocks()));
     const auto grad = image_rows<T>(a.grad, a.grad_stride, n, 0, band, a.vector);
     const auto image = image_rows<T>(a.values, a.value_stride, n, plan.plain, band, a.vector);
-    const Ring<T> ring(memory + 2 * kGradientTile, plan, part);
-    __syncthreads();  // all have done with the part before
-    fill_first(ring, image, plan, part);
-    load_tile<kTileTokens, kTileChannels>(memory, grad, part.tile(plan, part.y_begin));
-    ptx::cp_async_commit();
-    int stage = 0;
-    for (int y = part.y_begin; y < part.y_end; y += plan.rows, stage ^= 1) {
-      ptx::cp_async_wait<0>();
-      __syncthreads();
-      if (y + plan.rows < part.y_end) {
-        fill_next(ring, image, plan, y);
-        load_tile<kTileTokens, kTileChannels>(memory + (stage ^ 1) * kGradientTile, grad,
-                                              part.tile(plan, y + plan.rows));
-        ptx::cp_async_commit();
-      }
-      if (!item.active || y + item.row >= part.y_end) continue;
+    const StripWalk<T> walk(plan, image, static_cast<int>(unit % plan.blocks()),
+                            memory + 2 * kGradientTile);
+    const auto load = [&](int stage, const TokenTile& tile) {
+      load_tile<kTileTokens, kTileChannels>(memory + stage * kGradientTile, grad, tile);
+    };
+    walk.run(load, [&](int stage, int y) {
+      if (!item.active || y + item.row >= walk.part.y_end) return;
       const T* tile = memory + stage * kGradientTile + 2 * item.pair +
                       (item.row * plan.tile_columns() + item.column) * kTileChannels;
       Strip grads;
@@ -149,13 +139,13 @@ __global__ __launch_bounds__(kStripThreads, 3) void sum_tap_gradients(TapGradien
       }
       const int column = item.column + plan.radius;
       if (window <= 3) {
-        sums.add<3>(grads, ring, y + item.row, column, item.pair);
+        sums.add<3>(grads, walk.ring, y + item.row, column, item.pair);
       } else if (window <= 5) {
-        sums.add<5>(grads, ring, y + item.row, column, item.pair);
+        sums.add<5>(grads, walk.ring, y + item.row, column, item.pair);
       } else {
-        sums.add<7>(grads, ring, y + item.row, column, item.pair);
+        sums.add<7>(grads, walk.ring, y + item.row, column, item.pair);
       }
-    }
+    });
   }
 
   float* const total = reinterpret_cast<float*>(memory);

@@ -224,15 +224,61 @@ XATTN_DEVICE void convolve_global(Strip& sum, const ChannelRows<T>& image, const
   }
 }
 
+// A block's way down its part of an image, `rows` rows of pixels a step, with the rows around them
+// in a ring.
+template <class T>
+struct StripWalk {
+  const StripPlan& plan;
+  ChannelRows<T> image;  // row 0: the image's first pixel
+  StripPart part;
+  Ring<T> ring;
+
+  // block: of those of an image; memory: the ring's.
+  XATTN_DEVICE StripWalk(const StripPlan& plan, const ChannelRows<T>& image, int block, T* memory)
+      : plan(plan), image(image), part(plan, block), ring(memory, plan, part) {}
+
+  // load(stage, tile) starts the copies of what a step needs besides the ring, into stage 0 or 1;
+  // step(stage, y) follows once they are there, while those of the next step are on their way.
+  template <class Load, class Step>
+  XATTN_DEVICE void run(Load load, Step step) const {
+    __syncthreads();  // all have done with what the memory held before
+    if (plan.ring) ring.fill(image, plan, ring.first, 2 * plan.radius + plan.rows);
+    load(0, part.tile(plan, part.y_begin));
+    ptx::cp_async_commit();
+    int stage = 0;
+    for (int y = part.y_begin; y < part.y_end; y += plan.rows, stage ^= 1) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (y + plan.rows < part.y_end) {
+        if (plan.ring) ring.fill(image, plan, y + plan.radius + plan.rows, plan.rows);
+        load(stage ^ 1, part.tile(plan, y + plan.rows));
+        ptx::cp_async_commit();
+      }
+      step(stage, y);
+    }
+  }
+};
+
+// The same for the tokens that no convolution reaches, each tile in stage 0: step(tile).
+template <class Load, class Step>
+XATTN_DEVICE void walk_plain(const StripPlan& plan, int block, Load load, Step step) {
+  for (int64_t i = block; i < plain_tiles(plan); i += plan.blocks()) {
+    const TokenTile tile = plain_tile(plan, i);
+    __syncthreads();  // all have done with the tile before
+    load(0, tile);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    step(tile);
+  }
+}
+
 // The convolutions of a thread, a strip a step.
 template <class T>
 struct StripConvolution {
-  const StripPlan& plan;
+  const StripWalk<T>& walk;
   const TapTable& taps;
-  const ChannelRows<T>& image;
-  const Ring<T>& ring;
-  const StripPart& part;
-  const StripItem& item;
+  StripItem item;
   int c;  // the item's first channel
 
   XATTN_DEVICE void begin_with_bias(Strip& sum) const {
@@ -248,9 +294,9 @@ struct StripConvolution {
   template <bool kTransposed>
   XATTN_DEVICE void add(Strip& sum, int step_y) const {
     const int y = step_y + item.row, window = taps.window(c);
-    if (!plan.ring) {
-      convolve_global<kTransposed>(sum, image, plan, taps, y, part.x + item.column, item.pair, c,
-                                   window);
+    if (!walk.plan.ring) {
+      convolve_global<kTransposed>(sum, walk.image, walk.plan, taps, y, walk.part.x + item.column,
+                                   item.pair, c, window);
     } else if (window <= 3) {
       add_ring<3, kTransposed>(sum, y);
     } else if (window <= 5) {
@@ -263,20 +309,9 @@ struct StripConvolution {
  private:
   template <int kWindow, bool kTransposed>
   XATTN_DEVICE void add_ring(Strip& sum, int y) const {
-    convolve_ring<kWindow, kTransposed>(sum, ring, taps, y, item.column, item.pair, c, plan.radius);
+    convolve_ring<kWindow, kTransposed>(sum, walk.ring, taps, y, item.column, item.pair, c,
+                                        walk.plan.radius);
   }
 };
-
-// What a block's step reads of the rows around it, ahead of it.
-template <class T>
-XATTN_DEVICE void fill_first(const Ring<T>& ring, const ChannelRows<T>& image,
-                             const StripPlan& plan, const StripPart& part) {
-  if (plan.ring) ring.fill(image, plan, ring.first, 2 * plan.radius + plan.rows);
-}
-template <class T>
-XATTN_DEVICE void fill_next(const Ring<T>& ring, const ChannelRows<T>& image, const StripPlan& plan,
-                            int y) {
-  if (plan.ring) ring.fill(image, plan, y + plan.radius + plan.rows, plan.rows);
-}
 
 }  // namespace xattn

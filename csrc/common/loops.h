@@ -2,7 +2,8 @@
 #pragma once
 
 #include "dtype.h"
-#include "simd.h"
+#include "simd_exp2.h"
+#include "simd_lanes.h"
 
 namespace xattn::XATTN_ISA {
 

@@ -1,11 +1,8 @@
-// What the host files of the CPU operators share: tensors in, plain pointers out.
+// What the host files of the operators share: tensors in, plain pointers out.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,36 +14,9 @@
 #include <optional>
 #include <vector>
 
-#include "dtype.h"
+#include "checks.h"
 
 namespace xattn {
-
-using torch::stable::Tensor;
-
-// Python checks a user's arguments and says what is wrong with them. The checks of the host files
-// are the second line: they keep a direct call of torch.ops from reading wild memory.
-inline Dtype dtype_of(const Tensor& t) {
-  using torch::headeronly::ScalarType;
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "xattn_ops: dtype must be float32, float64, bfloat16 or float16");
-  }
-}
-
-// The type that values of a dtype are computed in, and its size.
-inline torch::headeronly::ScalarType compute_type(Dtype dtype) {
-  using torch::headeronly::ScalarType;
-  return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-inline int64_t compute_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
 // The tensor itself where its last dimension is dense, else a contiguous copy.
 inline Tensor dense_last(const Tensor& t) {
@@ -110,11 +80,8 @@ inline Tensor sum_parts(Tensor parts, const Tensor& like) {
   return torch::stable::to(torch::stable::select(parts, 0, 0), like.scalar_type());
 }
 
-// The seed of a dropout mask as the two words of a Philox key.
+// The seed of a dropout mask, checked, as the two words of a Philox key.
 inline void read_seed(const std::optional<Tensor>& seed, uint32_t (&key)[2]) {
-  STD_TORCH_CHECK(seed.has_value() && seed->numel() == 1 &&
-                      seed->scalar_type() == torch::headeronly::ScalarType::Long,
-                  "xattn_ops: dropout needs `seed`, one int64");
   const auto value = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
   key[0] = static_cast<uint32_t>(value);
   key[1] = static_cast<uint32_t>(value >> 32);

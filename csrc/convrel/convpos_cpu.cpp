@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/tensors.h"
 #include "common/weight_gradients.h"
+#include "convpos_checks.h"
 
 namespace xattn {
 
@@ -23,26 +24,17 @@ struct ConvPosCall {
   ConvPosArgs args{};
 
   ConvPosCall(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
-              int64_t height, int64_t width, int64_t prefix)
-      : x(dense_last(x_in)),
-        weight(torch::stable::contiguous(weight_in)),
-        bias(contiguous_or_null(bias_in)) {
-    STD_TORCH_CHECK(x.dim() == 3 && height > 0 && width > 0 && prefix >= 0 && x.size(2) > 0 &&
-                        x.size(1) == prefix + height * width,
-                    "convpos: x must be [B, num_prefix_tokens + grid_h * grid_w, C]");
+              const ConvPosOptions& o) {
+    check_convpos(o, x_in, weight_in, bias_in);
+    x = dense_last(x_in);
+    weight = torch::stable::contiguous(weight_in);
+    bias = contiguous_or_null(bias_in);
     args.dtype = dtype_of(x);
     args.batch = x.size(0);
-    args.prefix = prefix;
-    args.height = height;
-    args.width = width;
+    args.prefix = o.prefix;
+    args.height = o.height;
+    args.width = o.width;
     args.channels = x.size(2);
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == args.channels && weight.size(1) == 1 &&
-                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
-                        dtype_of(weight) == args.dtype,
-                    "convpos: weight must be [C, 1, k, k] with odd k, in x's dtype");
-    STD_TORCH_CHECK(
-        !bias.has_value() || (bias->numel() == args.channels && dtype_of(*bias) == args.dtype),
-        "convpos: bias must be [C], in x's dtype");
     table.add(args.channels, weight.size(2));
     args.conv = table.weights(weight, bias);
     args.x = x.const_data_ptr();
@@ -52,13 +44,13 @@ struct ConvPosCall {
     args.group_channels = std::min(args.channels, kGroup);
     const int64_t units = std::max<int64_t>(1, args.batch * args.groups());
     args.bands =
-        std::clamp<int64_t>(kUnits / units, 1, std::max<int64_t>(1, height / kRowsPerBand));
+        std::clamp<int64_t>(kUnits / units, 1, std::max<int64_t>(1, o.height / kRowsPerBand));
   }
 };
 
 Tensor convpos_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t grid_h,
                    int64_t grid_w, int64_t prefix) {
-  ConvPosCall call(x, weight, bias, grid_h, grid_w, prefix);
+  ConvPosCall call(x, weight, bias, {grid_h, grid_w, prefix});
   ConvPosArgs& a = call.args;
   Tensor out = empty_for(call.x, {a.batch, a.tokens(), a.channels});
   a.out = out.mutable_data_ptr();
@@ -75,13 +67,10 @@ Tensor convpos_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t 
 std::tuple<Tensor, Tensor, Tensor> convpos_bwd(Tensor grad_out, Tensor x, Tensor weight,
                                                std::optional<Tensor> bias, int64_t grid_h,
                                                int64_t grid_w, int64_t prefix) {
-  ConvPosCall call(x, weight, bias, grid_h, grid_w, prefix);
+  ConvPosCall call(x, weight, bias, {grid_h, grid_w, prefix});
   ConvPosArgs& a = call.args;
+  check_convpos_gradient(x, grad_out);
   grad_out = dense_last(grad_out);
-  STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == a.batch &&
-                      grad_out.size(1) == a.tokens() && grad_out.size(2) == a.channels &&
-                      dtype_of(grad_out) == a.dtype,
-                  "convpos: grad_out must have the shape and dtype of the output");
   a.grad_out = grad_out.const_data_ptr();
   for (int i = 0; i < 2; ++i) a.grad_out_stride[i] = grad_out.stride(i);
   Tensor grad_x = empty_for(call.x, {a.batch, a.tokens(), a.channels});

@@ -37,23 +37,15 @@ __global__ __launch_bounds__(kStripThreads, 4) void add_convolution(EncodingArgs
     store_pair(out + t * a.bands.channels, band.start + c, band, load_pair(rows, t, c), a.vector);
   }
 
-  const StripPart part(plan, block);
   const ChannelRows<T> image{rows.row(plan.plain), rows.stride, channels, a.vector};
-  const Ring<T> ring(memory, plan, part);
+  const StripWalk<T> walk(plan, image, block, memory);
   const StripItem item(channels, plan.strips, plan.rows);
   const int pair = band.start + 2 * item.pair;
-  const StripConvolution<T> convolution{plan, a.taps, image, ring, part, item, pair};
-  fill_first(ring, image, plan, part);
-  ptx::cp_async_commit();
-  for (int y = part.y_begin; y < part.y_end; y += plan.rows) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (y + plan.rows < part.y_end) {
-      fill_next(ring, image, plan, y);
-      ptx::cp_async_commit();
-    }
-    const TokenTile tile = part.tile(plan, y);
-    if (!item.active || item.row >= tile.valid_rows) continue;
+  const StripConvolution<T> convolution{walk, a.taps, item, pair};
+  const auto load_nothing = [](int, const TokenTile&) {};
+  walk.run(load_nothing, [&](int, int y) {
+    const TokenTile tile = walk.part.tile(plan, y);
+    if (!item.active || item.row >= tile.valid_rows) return;
     Strip sum = {};
     if constexpr (!kTransposed) convolution.begin_with_bias(sum);
     convolution.template add<kTransposed>(sum, y);
@@ -66,7 +58,7 @@ __global__ __launch_bounds__(kStripThreads, 4) void add_convolution(EncodingArgs
       value.v[1] += sum[i][1];
       store_pair(out + t * a.bands.channels, pair, band, value, a.vector);
     }
-  }
+  });
 }
 
 }  // namespace xattn::convpos_cuda

@@ -26,22 +26,8 @@ struct KeyValueArgs {
   bool vector;
 };
 
-// Shared memory of a block, in values of T: dM, two stages of k and of v, the products P dM and
-// V dM^T in float, one more tile where heads have several, the ring.
 template <class T>
-struct KeyValueMemory {
-  static constexpr int kStages = kMatrixValues;
-  static constexpr int kProducts = kStages + 4 * kTileValues;
-  static constexpr int kOther =
-      kProducts + 2 * kTileValues * static_cast<int>(sizeof(float) / sizeof(T));
-
-  static size_t bytes(const Bands& bands, int ring_values) {
-    return (ring(bands) + ring_values) * sizeof(T);
-  }
-  __host__ __device__ static int ring(const Bands& bands) {
-    return kOther + (bands.tiles > 1 ? kTileValues : 0);
-  }
-};
+using KeyValueMemory = StripMemory<T, 4, 2>;  // two stages of k and of v, P dM and V dM^T
 
 // Where one block stands, and what its steps share.
 template <class T>
@@ -69,17 +55,16 @@ struct KeyValues {
     return {image, a.qkv_stride[1], block.band.end - c, a.vector};
   }
   XATTN_DEVICE T* keys(int stage) const {
-    return memory + KeyValueMemory<T>::kStages + 2 * stage * kTileValues;
+    return memory + KeyValueMemory<T>::kInput + 2 * stage * kTileValues;
   }
   XATTN_DEVICE T* values(int stage) const { return keys(stage) + kTileValues; }
   XATTN_DEVICE float* product(int i) const {
-    return reinterpret_cast<float*>(memory + KeyValueMemory<T>::kProducts) + i * kTileValues;
+    return reinterpret_cast<float*>(memory + KeyValueMemory<T>::kProduct) + i * kTileValues;
   }
 
   XATTN_DEVICE void load(int stage, const TokenTile& tile) const {
     load_tile<kTileTokens, kTileRow>(keys(stage), rows_of(a.keys, block.channel), tile);
     load_tile<kTileTokens, kTileRow>(values(stage), rows_of(a.values, block.channel), tile);
-    ptx::cp_async_commit();
   }
 
   // dM of these channels of k and of v.
@@ -195,44 +180,29 @@ __global__ __launch_bounds__(kStripThreads, 3) void key_value_gradients(KeyValue
   if (channels <= 0) return;  // a tile that the band does not reach
   const KeyValues<T> work(a, block, memory);
 
+  const auto load = [&](int stage, const TokenTile& tile) { work.load(stage, tile); };
   const StripItem plain(channels, kBlockStrips, 1);
-  for (int64_t i = block.part; i < plain_tiles(plan); i += plan.blocks()) {
-    const TokenTile tile = plain_tile(plan, i);
-    __syncthreads();
-    work.load(0, tile);
-    ptx::cp_async_wait<0>();
-    __syncthreads();
+  walk_plain(plan, block.part, load, [&](const TokenTile& tile) {
     work.multiply(0, tile);
     const Strip nothing = {};
     if (plain.active) work.store(0, tile, plain, nothing);
-  }
+  });
   if (plan.height == 0) return;
 
   const int64_t first = block.image * a.tokens + plan.plain;
   const T* product = static_cast<const T*>(a.product) + first * a.grad_stride + c;
   const ChannelRows<T> image{product, a.grad_stride, channels, a.vector};
-  const StripPart part(plan, block.part);
-  const Ring<T> ring(memory + KeyValueMemory<T>::ring(a.bands), plan, part);
+  const StripWalk<T> walk(plan, image, block.part, memory + KeyValueMemory<T>::ring(a.bands));
   const StripItem item(channels, plan.strips, plan.rows);
-  const StripConvolution<T> convolution{plan, a.taps, image, ring, part, item, c + 2 * item.pair};
-  __syncthreads();
-  fill_first(ring, image, plan, part);
-  work.load(0, part.tile(plan, part.y_begin));
-  int stage = 0;
-  for (int y = part.y_begin; y < part.y_end; y += plan.rows, stage ^= 1) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (y + plan.rows < part.y_end) {
-      fill_next(ring, image, plan, y);
-      work.load(stage ^ 1, part.tile(plan, y + plan.rows));
-    }
-    const TokenTile tile = part.tile(plan, y);
+  const StripConvolution<T> convolution{walk, a.taps, item, c + 2 * item.pair};
+  walk.run(load, [&](int stage, int y) {
+    const TokenTile tile = walk.part.tile(plan, y);
     work.multiply(stage, tile);
-    if (!item.active || item.row >= tile.valid_rows) continue;
+    if (!item.active || item.row >= tile.valid_rows) return;
     Strip back = {};
     convolution.template add<true>(back, y);
     work.store(stage, tile, item, back);
-  }
+  });
 }
 
 }  // namespace xattn::convrel_cuda

@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/tensors.h"
 #include "common/weight_gradients.h"
+#include "convrel_checks.h"
 
 namespace xattn {
 
@@ -17,12 +18,6 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
-struct Options {
-  Ints windows, channels;
-  int64_t heads, height, width, prefix;
-  double scale;
-};
-
 // A call's tensors and per-channel tables, held as long as the kernels read them.
 struct ConvRelCall {
   Tensor qkv, weight;
@@ -31,22 +26,19 @@ struct ConvRelCall {
   ConvRelArgs args{};
 
   ConvRelCall(const Tensor& qkv_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
-              const Options& o)
-      : qkv(dense_last(qkv_in)),
-        weight(torch::stable::contiguous(weight_in)),
-        bias(contiguous_or_null(bias_in)) {
+              const ConvRelOptions& o) {
+    check_convrel(o, qkv_in, weight_in, bias_in);
+    qkv = dense_last(qkv_in);
+    weight = torch::stable::contiguous(weight_in);
+    bias = contiguous_or_null(bias_in);
+    for (size_t g = 0; g < o.windows.size(); ++g) table.add(o.channels[g], o.windows[g]);
     set_sizes(o);
-    set_weights(o);
+    args.conv = table.weights(weight, bias);
     args.group_heads = choose_group();
   }
 
  private:
-  void set_sizes(const Options& o) {
-    STD_TORCH_CHECK(qkv.dim() == 3 && o.height > 0 && o.width > 0 && o.prefix >= 0 &&
-                        qkv.size(1) == o.prefix + o.height * o.width,
-                    "convrel: qkv must be [B, num_prefix_tokens + grid_h * grid_w, 3C]");
-    STD_TORCH_CHECK(o.heads > 0 && qkv.size(2) > 0 && qkv.size(2) % (3 * o.heads) == 0,
-                    "convrel: num_heads must divide the channels");
+  void set_sizes(const ConvRelOptions& o) {
     args.dtype = dtype_of(qkv);
     args.batch = qkv.size(0);
     args.prefix = o.prefix;
@@ -57,23 +49,6 @@ struct ConvRelCall {
     args.scale = o.scale;
     args.qkv = qkv.const_data_ptr();
     for (int i = 0; i < 2; ++i) args.qkv_stride[i] = qkv.stride(i);
-  }
-
-  void set_weights(const Options& o) {
-    STD_TORCH_CHECK(o.windows.size() == o.channels.size(),
-                    "convrel: one window for each channel group");
-    for (size_t g = 0; g < o.windows.size(); ++g) {
-      STD_TORCH_CHECK(o.windows[g] > 0 && o.windows[g] % 2 == 1, "convrel: windows must be odd");
-      table.add(o.channels[g], o.windows[g]);
-    }
-    STD_TORCH_CHECK(table.channels() == 0 || table.channels() == args.channels(),
-                    "convrel: the channel groups must cover all channels");
-    STD_TORCH_CHECK(weight.numel() == table.size && dtype_of(weight) == args.dtype,
-                    "convrel: conv_weight must hold every group's windows, in qkv's dtype");
-    STD_TORCH_CHECK(
-        !bias.has_value() || (bias->numel() == table.channels() && dtype_of(*bias) == args.dtype),
-        "convrel: conv_bias must be [C], in qkv's dtype");
-    args.conv = table.weights(weight, bias);
   }
 
   // The fewest heads that fill whole cache lines, or all; fewer where units would be few.
@@ -116,19 +91,12 @@ std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tens
                                                Ints windows, Ints channels, int64_t heads,
                                                int64_t grid_h, int64_t grid_w, int64_t prefix,
                                                double scale) {
-  ConvRelCall call(qkv, conv_weight, conv_bias,
-                   {windows, channels, heads, grid_h, grid_w, prefix, scale});
+  const ConvRelOptions options{windows, channels, heads, grid_h, grid_w, prefix, scale};
+  ConvRelCall call(qkv, conv_weight, conv_bias, options);
+  check_convrel_gradient(options, qkv, grad_out, state);
   ConvRelArgs& a = call.args;
   grad_out = dense_last(grad_out);
   state = torch::stable::contiguous(state);
-  const auto compute = compute_type(a.dtype);
-  STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == a.batch &&
-                      grad_out.size(1) == a.tokens() && grad_out.size(2) == a.channels() &&
-                      dtype_of(grad_out) == a.dtype,
-                  "convrel: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(
-      state.numel() == a.batch * a.channels() * (a.head_dim + 2) && state.scalar_type() == compute,
-      "convrel: state must come from convrel_fwd");
   a.grad_out = grad_out.const_data_ptr();
   for (int i = 0; i < 2; ++i) a.grad_out_stride[i] = grad_out.stride(i);
   a.state = state.mutable_data_ptr();

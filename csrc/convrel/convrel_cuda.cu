@@ -4,6 +4,7 @@
 #include "common/cuda_call.h"
 #include "common/depthwise_launch.h"
 #include "convrel_backward.cuh"
+#include "convrel_checks.h"
 #include "convrel_context.cuh"
 
 namespace xattn::convrel_cuda {
@@ -13,20 +14,14 @@ namespace {
 using Ints = std::vector<int64_t>;
 using torch::headeronly::ScalarType;
 
-struct Options {
-  Ints windows, channels;
-  int64_t heads, height, width, prefix;
-  double scale;
-};
-
 // One call: its sizes, its convolutions, and the parts of a launch that several kernels share.
 class ConvRelCuda {
  public:
   ConvRelCuda(const Tensor& qkv_in, const Tensor& weight, const std::optional<Tensor>& bias,
-              const Options& o)
-      : call(qkv_in), qkv(dense_last(qkv_in)), options(o) {
-    check_sizes();
-    check_weights(weight, bias);
+              const ConvRelOptions& o)
+      : call(qkv_in), options(o) {
+    check_convrel(o, qkv_in, weight, bias);
+    set_sizes(qkv_in);
     convolution.emplace(call, torch::stable::contiguous(weight), contiguous_or_null(bias),
                         o.windows, o.channels);
     base = static_cast<const char*>(call.read(qkv));
@@ -35,7 +30,7 @@ class ConvRelCuda {
 
   CudaCall call;
   Tensor qkv;
-  Options options;
+  ConvRelOptions options;
   std::optional<DepthwiseCuda> convolution;
   Dtype dtype{};
   int64_t bytes = 0;  // of a value
@@ -97,37 +92,14 @@ class ConvRelCuda {
  private:
   const char* base = nullptr;
 
-  void check_sizes() {
-    const Options& o = options;
-    STD_TORCH_CHECK(qkv.dim() == 3 && o.height > 0 && o.width > 0 && o.prefix >= 0 &&
-                        qkv.size(1) == o.prefix + o.height * o.width,
-                    "convrel: qkv must be [B, num_prefix_tokens + grid_h * grid_w, 3C]");
-    STD_TORCH_CHECK(o.heads > 0 && qkv.size(2) > 0 && qkv.size(2) % (3 * o.heads) == 0,
-                    "convrel: num_heads must divide the channels");
+  void set_sizes(const Tensor& qkv_in) {
+    qkv = dense_last(qkv_in);
     dtype = dtype_of(qkv);
     bytes = static_cast<int64_t>(qkv.element_size());
     batch = qkv.size(0);
     tokens = qkv.size(1);
     channels = qkv.size(2) / 3;
-    head_dim = channels / o.heads;
-  }
-
-  void check_weights(const Tensor& weight, const std::optional<Tensor>& bias) const {
-    const Options& o = options;
-    STD_TORCH_CHECK(o.windows.size() == o.channels.size(),
-                    "convrel: one window for each channel group");
-    int64_t covered = 0, weights = 0;
-    for (size_t g = 0; g < o.windows.size(); ++g) {
-      STD_TORCH_CHECK(o.windows[g] > 0 && o.windows[g] % 2 == 1, "convrel: windows must be odd");
-      covered += o.channels[g];
-      weights += o.channels[g] * o.windows[g] * o.windows[g];
-    }
-    STD_TORCH_CHECK(covered == 0 || covered == channels,
-                    "convrel: the channel groups must cover all channels");
-    STD_TORCH_CHECK(weight.numel() == weights && dtype_of(weight) == dtype,
-                    "convrel: conv_weight must hold every group's windows, in qkv's dtype");
-    STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == covered && dtype_of(*bias) == dtype),
-                    "convrel: conv_bias must be [C], in qkv's dtype");
+    head_dim = channels / options.heads;
   }
 };
 
@@ -234,7 +206,7 @@ void launch_key_values(ConvRelCuda& c, const void* state, const void* change, ch
 }
 
 std::tuple<Tensor, Tensor> tap_gradients(ConvRelCuda& c, const void* product) {
-  const Options& o = c.options;
+  const ConvRelOptions& o = c.options;
   const DepthwiseActivations activations{product,
                                          c.v(),
                                          {c.tokens * 3 * c.channels, 3 * c.channels},
@@ -255,15 +227,9 @@ std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tens
                                                double scale) {
   ConvRelCuda c(qkv, conv_weight, conv_bias,
                 {windows, channels, heads, grid_h, grid_w, prefix, scale});
+  check_convrel_gradient(c.options, qkv, grad_out, state);
   grad_out = dense_last(grad_out);
   state = torch::stable::contiguous(state);
-  STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == c.batch &&
-                      grad_out.size(1) == c.tokens && grad_out.size(2) == c.channels &&
-                      dtype_of(grad_out) == c.dtype,
-                  "convrel: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(state.numel() == c.batch * c.channels * (c.head_dim + 2) &&
-                      state.scalar_type() == ScalarType::Float,
-                  "convrel: state must come from convrel_fwd");
   const void *grad = c.call.read(grad_out), *saved = c.call.read(state);
   Tensor grad_qkv = c.call.empty({c.batch, c.tokens, 3 * c.channels}, c.qkv.scalar_type());
   auto* const to = static_cast<char*>(c.call.write(grad_qkv));

@@ -42,13 +42,14 @@ struct StripBlock {
   }
 };
 
-// Shared memory of a block, in values of T: a matrix, two stages of x, the product in float, one
+// Shared memory of a block, in values of T: a matrix, tiles of the inputs, products in float, one
 // more tile where heads have several, the ring.
-template <class T>
-struct MixMemory {
-  static constexpr int kProduct = kMatrixValues + 2 * kTileValues;
+template <class T, int kInputs, int kProducts>
+struct StripMemory {
+  static constexpr int kInput = kMatrixValues;
+  static constexpr int kProduct = kInput + kInputs * kTileValues;
   static constexpr int kOther =
-      kProduct + kTileValues * static_cast<int>(sizeof(float) / sizeof(T));
+      kProduct + kProducts * kTileValues * static_cast<int>(sizeof(float) / sizeof(T));
 
   static size_t bytes(const Bands& bands, int ring_values) {
     return (ring(bands) + ring_values) * sizeof(T);
@@ -57,6 +58,8 @@ struct MixMemory {
     return kOther + (bands.tiles > 1 ? kTileValues : 0);
   }
 };
+template <class T>
+using MixMemory = StripMemory<T, 2, 1>;  // two stages of x, x m
 
 // product = x m. x is a tile of the block's own channels; heads of several tiles fetch the others,
 // and their matrices.
@@ -111,14 +114,14 @@ XATTN_DEVICE void store_mixed(const MixArgs& a, const StripBlock& block, const T
   }
 }
 
-template <class T>
-__global__ __launch_bounds__(kStripThreads, 4) void mix(MixArgs a) {
+template <class T>  // of float, fewer blocks find room in shared memory
+__global__ __launch_bounds__(kStripThreads, kIsShort<T> ? 4 : 3) void mix(MixArgs a) {
   SHARED_DYNAMIC(T, memory);
   const StripPlan& plan = a.plan;
   const StripBlock block(plan, a.bands);
   const int channels = block.band.end - block.channel, c = block.channel;
   if (channels <= 0) return;  // a tile that the band does not reach
-  T* const stages = memory + kMatrixValues;
+  T* const stages = memory + MixMemory<T>::kInput;
   const float* const product = reinterpret_cast<float*>(memory + MixMemory<T>::kProduct);
   const T* x_image = static_cast<const T*>(a.x) + block.image * a.x_stride[0] + c;
   const ChannelRows<T> rows{x_image, a.x_stride[1], channels, a.vector};
@@ -129,51 +132,34 @@ __global__ __launch_bounds__(kStripThreads, 4) void mix(MixArgs a) {
                 a.bands, block.band, c, c, a.transposed);
   }
 
+  const auto load = [&](int stage, const TokenTile& tile) {
+    load_tile<kTileTokens, kTileRow>(stages + stage * kTileValues, rows, tile);
+  };
   const StripItem plain(channels, kBlockStrips, 1);
-  for (int64_t i = block.part; i < plain_tiles(plan); i += plan.blocks()) {
-    const TokenTile tile = plain_tile(plan, i);
-    __syncthreads();
-    load_tile<kTileTokens, kTileRow>(stages, rows, tile);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    __syncthreads();
+  walk_plain(plan, block.part, load, [&](const TokenTile& tile) {
     mix_product(a, block, tile, rows, stages, blocks, memory);
     __syncthreads();
     if (plain.active) store_mixed<T>(a, block, tile, plain, stages, product, nullptr);
-  }
+  });
   if (plan.height == 0) return;
 
   const T* v_image = static_cast<const T*>(a.values) + block.image * a.value_stride[0] + c;
   const ChannelRows<T> image{v_image + plan.plain * a.value_stride[1], a.value_stride[1], channels,
                              a.vector};
-  const StripPart part(plan, block.part);
-  const Ring<T> ring(memory + MixMemory<T>::ring(a.bands), plan, part);
+  const StripWalk<T> walk(plan, image, block.part, memory + MixMemory<T>::ring(a.bands));
   const StripItem item(channels, plan.strips, plan.rows);
-  const StripConvolution<T> convolution{plan, a.taps, image, ring, part, item, c + 2 * item.pair};
-  __syncthreads();
-  fill_first(ring, image, plan, part);
-  load_tile<kTileTokens, kTileRow>(stages, rows, part.tile(plan, part.y_begin));
-  ptx::cp_async_commit();
-  int stage = 0;
-  for (int y = part.y_begin; y < part.y_end; y += plan.rows, stage ^= 1) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (y + plan.rows < part.y_end) {
-      fill_next(ring, image, plan, y);
-      load_tile<kTileTokens, kTileRow>(stages + (stage ^ 1) * kTileValues, rows,
-                                       part.tile(plan, y + plan.rows));
-      ptx::cp_async_commit();
-    }
-    const TokenTile tile = part.tile(plan, y);
+  const StripConvolution<T> convolution{walk, a.taps, item, c + 2 * item.pair};
+  walk.run(load, [&](int stage, int y) {
+    const TokenTile tile = walk.part.tile(plan, y);
     const T* x = stages + stage * kTileValues;
     mix_product(a, block, tile, rows, x, blocks, memory);
     __syncthreads();
-    if (!item.active || item.row >= tile.valid_rows) continue;
+    if (!item.active || item.row >= tile.valid_rows) return;
     Strip near;
     convolution.begin_with_bias(near);
     convolution.template add<false>(near, y);
     store_mixed(a, block, tile, item, x, product, &near);
-  }
+  });
 }
 
 }  // namespace xattn::convrel_cuda

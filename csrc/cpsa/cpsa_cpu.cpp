@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "common/tensors.h"
+#include "cpsa_checks.h"
 
 namespace xattn {
 
@@ -17,37 +17,7 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// The inputs of a call, held as long as the kernels read them.
-struct Inputs {
-  Tensor x, qkv_weight, proj_weight;
-  OptionalTensor qkv_bias, proj_bias;
-
-  Inputs(const Tensor& x, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
-         const Tensor& proj_weight, const OptionalTensor& proj_bias)
-      : x(dense_last(x)),
-        qkv_weight(torch::stable::contiguous(qkv_weight)),
-        proj_weight(torch::stable::contiguous(proj_weight)),
-        qkv_bias(contiguous_or_null(qkv_bias)),
-        proj_bias(contiguous_or_null(proj_bias)) {}
-};
-
-struct Options {
-  int64_t patch_h, patch_w, heads;
-  double scale, dropout_p;
-};
-
-void check_shape(const OptionalTensor& t, std::vector<int64_t> sizes, Dtype dtype,
-                 const char* name) {
-  if (!t.has_value()) return;
-  bool fits =
-      t->is_cpu() && t->dim() == static_cast<int64_t>(sizes.size()) && dtype_of(*t) == dtype;
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(i) == sizes[i];
-  STD_TORCH_CHECK(fits, "cpsa: ", name, " has the wrong shape, dtype or device");
-}
-
-CpsaArgs make_args(const Inputs& in, const OptionalTensor& seed, const Options& o) {
-  STD_TORCH_CHECK(in.x.dim() == 4, "cpsa: x must be [B, H, W, C]");
-  STD_TORCH_CHECK(o.patch_h > 0 && o.patch_w > 0, "cpsa: patch must be positive");
+CpsaArgs make_args(const CpsaTensors& in, const CpsaOptions& o) {
   CpsaArgs a{};
   a.dtype = dtype_of(in.x);
   a.batch = in.x.size(0);
@@ -56,21 +26,14 @@ CpsaArgs make_args(const Inputs& in, const OptionalTensor& seed, const Options& 
   a.channels = in.x.size(3);
   a.patch_h = o.patch_h;
   a.patch_w = o.patch_w;
-  a.elements = o.patch_h * o.patch_w;
+  a.elements = o.pixels();
   a.patches_y = (a.height + o.patch_h - 1) / o.patch_h;
   a.patches_x = (a.width + o.patch_w - 1) / o.patch_w;
   a.patches = a.patches_y * a.patches_x;
-  STD_TORCH_CHECK(o.heads > 0 && a.elements % o.heads == 0, "cpsa: num_heads must divide h * w");
   a.heads = o.heads;
   a.scale = o.scale;
   a.dropout_p = o.dropout_p;
-  if (o.dropout_p > 0) read_seed(seed, a.dropout_key);
-
-  const int64_t n = a.elements;
-  check_shape(in.qkv_weight, {3 * n, n}, a.dtype, "qkv_weight");
-  check_shape(in.qkv_bias, {3 * n}, a.dtype, "qkv_bias");
-  check_shape(in.proj_weight, {n, n}, a.dtype, "proj_weight");
-  check_shape(in.proj_bias, {n}, a.dtype, "proj_bias");
+  if (o.dropout_p > 0) read_seed(in.seed, a.dropout_key);
   a.x = in.x.const_data_ptr();
   for (int i = 0; i < 3; ++i) a.x_stride[i] = in.x.stride(i);
   a.qkv_weight = in.qkv_weight.const_data_ptr();
@@ -103,8 +66,11 @@ Tensor new_like(const Tensor& t) {
 Tensor cpsa_fwd(Tensor x, Tensor qkv_weight, OptionalTensor qkv_bias, Tensor proj_weight,
                 OptionalTensor proj_bias, OptionalTensor seed, int64_t patch_h, int64_t patch_w,
                 int64_t heads, double scale, double dropout_p) {
-  const Inputs in(x, qkv_weight, qkv_bias, proj_weight, proj_bias);
-  CpsaArgs a = make_args(in, seed, {patch_h, patch_w, heads, scale, dropout_p});
+  const CpsaOptions options{patch_h, patch_w, heads, scale, dropout_p};
+  CpsaTensors in{x, qkv_weight, proj_weight, qkv_bias, proj_bias, seed};
+  check_cpsa(in, options);
+  in.lay_out();
+  CpsaArgs a = make_args(in, options);
   Tensor out = new_like(in.x);
   a.out = out.mutable_data_ptr();
   if (out.numel() == 0) return out;
@@ -131,10 +97,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpsa_bwd(
     Tensor grad_out, Tensor x, Tensor qkv_weight, OptionalTensor qkv_bias, Tensor proj_weight,
     OptionalTensor proj_bias, OptionalTensor seed, int64_t patch_h, int64_t patch_w, int64_t heads,
     double scale, double dropout_p) {
-  const Inputs in(x, qkv_weight, qkv_bias, proj_weight, proj_bias);
-  CpsaArgs a = make_args(in, seed, {patch_h, patch_w, heads, scale, dropout_p});
+  const CpsaOptions options{patch_h, patch_w, heads, scale, dropout_p};
+  CpsaTensors in{x, qkv_weight, proj_weight, qkv_bias, proj_bias, seed};
+  check_cpsa(in, options);
+  check_cpsa_gradient(in, grad_out);
+  in.lay_out();
+  CpsaArgs a = make_args(in, options);
   grad_out = dense_last(grad_out);
-  check_shape(grad_out, {a.batch, a.height, a.width, a.channels}, a.dtype, "grad_out");
   a.grad_out = grad_out.const_data_ptr();
   for (int i = 0; i < 3; ++i) a.grad_out_stride[i] = grad_out.stride(i);
 

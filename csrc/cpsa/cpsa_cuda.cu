@@ -143,48 +143,18 @@ void absorbed_backward(CudaCall& call, const Problem& p, const Tensor& grad_out,
 
 // ------------------------------------------------------------------------------- the two ops
 
-void check_shape(const OptionalTensor& t, std::vector<int64_t> sizes, Dtype dtype,
-                 const char* name) {
-  if (!t.has_value()) return;
-  bool fits = t->dim() == static_cast<int64_t>(sizes.size()) && dtype_of(*t) == dtype;
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(i) == sizes[i];
-  STD_TORCH_CHECK(fits, "cpsa: ", name, " has the wrong shape or dtype");
-}
-
-Problem make_problem(const Tensor& x, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
-                     const Tensor& proj_weight, const OptionalTensor& proj_bias,
-                     const OptionalTensor& seed, int64_t patch_h, int64_t patch_w, int64_t heads,
-                     double scale, double dropout_p) {
-  STD_TORCH_CHECK(x.dim() == 4, "cpsa: x must be [B, H, W, C]");
-  STD_TORCH_CHECK(patch_h > 0 && patch_w > 0, "cpsa: patch must be positive");
-  const int64_t n = patch_h * patch_w;
-  STD_TORCH_CHECK(heads > 0 && n % heads == 0, "cpsa: num_heads must divide h * w");
-  const bool seeded = seed.has_value() && seed->numel() == 1 &&
-                      seed->scalar_type() == torch::headeronly::ScalarType::Long;
-  STD_TORCH_CHECK(dropout_p == 0 || seeded, "xattn_ops: dropout needs `seed`, one int64");
-  Problem p{{},
-            dtype_of(x),
-            dense_last(x),
-            torch::stable::contiguous(qkv_weight),
-            torch::stable::contiguous(proj_weight),
-            contiguous_or_null(qkv_bias),
-            contiguous_or_null(proj_bias),
-            seed,
-            small(heads),
-            scale,
-            dropout_p};
-  check_shape(qkv_weight, {3 * n, n}, p.dtype, "qkv_weight");
-  check_shape(qkv_bias, {3 * n}, p.dtype, "qkv_bias");
-  check_shape(proj_weight, {n, n}, p.dtype, "proj_weight");
-  check_shape(proj_bias, {n}, p.dtype, "proj_bias");
+Problem make_problem(const CpsaTensors& in, const CpsaOptions& o) {
+  check_cpsa(in, o);
+  Problem p{in, {}, dtype_of(in.x), small(o.heads), o.scale, o.dropout_p};
+  p.lay_out();
   Geometry& g = p.map;
-  g.batch = x.size(0);
-  g.height = small(x.size(1));
-  g.width = small(x.size(2));
-  g.channels = small(x.size(3));
-  g.patch_h = small(patch_h);
-  g.patch_w = small(patch_w);
-  g.pixels = small(n);
+  g.batch = in.x.size(0);
+  g.height = small(in.x.size(1));
+  g.width = small(in.x.size(2));
+  g.channels = small(in.x.size(3));
+  g.patch_h = small(o.patch_h);
+  g.patch_w = small(o.patch_w);
+  g.pixels = small(o.pixels());
   g.patches_x = static_cast<int>(ceil_div(g.width, g.patch_w));
   g.tokens = small(ceil_div(g.height, g.patch_h) * g.patches_x);
   return p;
@@ -198,8 +168,8 @@ Tensor cpsa_fwd(Tensor x, Tensor qkv_weight, OptionalTensor qkv_bias, Tensor pro
                 OptionalTensor proj_bias, OptionalTensor seed, int64_t patch_h, int64_t patch_w,
                 int64_t heads, double scale, double dropout_p) {
   CudaCall call(x);
-  const Problem p = make_problem(x, qkv_weight, qkv_bias, proj_weight, proj_bias, seed, patch_h,
-                                 patch_w, heads, scale, dropout_p);
+  const Problem p = make_problem({x, qkv_weight, proj_weight, qkv_bias, proj_bias, seed},
+                                 {patch_h, patch_w, heads, scale, dropout_p});
   Tensor out = new_like(p.x);
   if (out.numel() == 0) return out;
   if (absorbs(p)) {
@@ -215,9 +185,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpsa_bwd(
     OptionalTensor proj_bias, OptionalTensor seed, int64_t patch_h, int64_t patch_w, int64_t heads,
     double scale, double dropout_p) {
   CudaCall call(x);
-  const Problem p = make_problem(x, qkv_weight, qkv_bias, proj_weight, proj_bias, seed, patch_h,
-                                 patch_w, heads, scale, dropout_p);
-  check_shape(grad_out, {x.size(0), x.size(1), x.size(2), x.size(3)}, p.dtype, "grad_out");
+  const Problem p = make_problem({x, qkv_weight, proj_weight, qkv_bias, proj_bias, seed},
+                                 {patch_h, patch_w, heads, scale, dropout_p});
+  check_cpsa_gradient(p, grad_out);
   grad_out = dense_last(grad_out);
   const Tensor nothing = torch::stable::new_empty(p.x, {0});
   Gradients grads{new_like(p.x), new_like(p.qkv_weight),

@@ -3,15 +3,14 @@
 
 #include "common/cuda_call.h"
 #include "cpsa_absorb.cuh"
+#include "cpsa_checks.h"
 
 namespace xattn::cpsa_cuda {
 
 // A checked call.
-struct Problem {
+struct Problem : CpsaTensors {
   Geometry map;
   Dtype dtype;
-  Tensor x, qkv_weight, proj_weight;
-  std::optional<Tensor> qkv_bias, proj_bias, seed;
   int heads;
   double scale, dropout_p;
 };

@@ -19,59 +19,57 @@ struct HeadLayout {
 
 constexpr int kMoveThreads = 128;
 
-// rows [batch * channels * tokens, length] from the map. Warps take (image, vector of channels,
-// token), grid-stride.
+// f(image, channel, token, offset of the token's row) for each vector of channels of each token, a
+// warp at a time. Rows: [batch * channels * tokens, length].
+template <class T, class F>
+XATTN_DEVICE void for_tokens(const Geometry& g, int length, F f) {
+  constexpr int kChannels = kVector<T>, kWarpsOfBlock = kMoveThreads / 32;
+  const int vectors = (g.channels + kChannels - 1) / kChannels;
+  const int64_t items = g.batch * vectors * g.tokens;
+  for (int64_t i = int64_t{blockIdx.x} * kWarpsOfBlock + threadIdx.x / 32; i < items;
+       i += int64_t{gridDim.x} * kWarpsOfBlock) {
+    const int token = static_cast<int>(i % g.tokens);
+    const int channel = static_cast<int>(i / g.tokens % vectors) * kChannels;
+    const int64_t image = i / g.tokens / vectors;
+    f(image, channel, token, ((image * g.channels + channel) * g.tokens + token) * length);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kMoveThreads)
     map_to_rows(Geometry g, Map<const T> map, T* rows, int length) {
   constexpr int kChannels = kVector<T>;
-  const int vectors = (g.channels + kChannels - 1) / kChannels;
-  const int64_t items = g.batch * vectors * g.tokens;
-  const int warps = kMoveThreads / 32;
-  for (int64_t i = int64_t{blockIdx.x} * warps + threadIdx.x / 32; i < items;
-       i += int64_t{gridDim.x} * warps) {
-    const int token = static_cast<int>(i % g.tokens);
-    const int channel = static_cast<int>(i / g.tokens % vectors) * kChannels;
-    const int64_t image = i / g.tokens / vectors;
-    T* const to = rows + ((image * g.channels + channel) * g.tokens + token) * length;
+  for_tokens<T>(g, length, [&](int64_t image, int channel, int token, int64_t row) {
     for (int pair = lane_id(); 2 * pair < length; pair += 32) {
       const auto values = read_pair<kChannels>(g, map, image, channel, token, pair);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (channel + c >= g.channels) break;
-        *reinterpret_cast<Pack<T, 2>*>(to + int64_t{c} * g.tokens * length +
-                                       2 * pair) = {{values.pixel[0].v[c], values.pixel[1].v[c]}};
+        T* const to = rows + row + int64_t{c} * g.tokens * length + 2 * pair;
+        *reinterpret_cast<Pack<T, 2>*>(to) = {{values.pixel[0].v[c], values.pixel[1].v[c]}};
       }
     }
-  }
+  });
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMoveThreads)
     rows_to_map(Geometry g, Map<T> map, const T* rows, int length) {
   constexpr int kChannels = kVector<T>;
-  const int vectors = (g.channels + kChannels - 1) / kChannels;
-  const int64_t items = g.batch * vectors * g.tokens;
-  const int warps = kMoveThreads / 32;
-  for (int64_t i = int64_t{blockIdx.x} * warps + threadIdx.x / 32; i < items;
-       i += int64_t{gridDim.x} * warps) {
-    const int token = static_cast<int>(i % g.tokens);
-    const int channel = static_cast<int>(i / g.tokens % vectors) * kChannels;
-    const int64_t image = i / g.tokens / vectors;
-    const T* const from = rows + ((image * g.channels + channel) * g.tokens + token) * length;
+  for_tokens<T>(g, length, [&](int64_t image, int channel, int token, int64_t row) {
     for (int pair = lane_id(); 2 * pair < g.pixels; pair += 32) {
       PixelPair<T, kChannels> values;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         const bool there = channel + c < g.channels;
-        const int64_t at = int64_t{there ? c : 0} * g.tokens * length + 2 * pair;
-        const auto both = *reinterpret_cast<const Pack<T, 2>*>(from + at);
+        const T* const from = rows + row + int64_t{there ? c : 0} * g.tokens * length + 2 * pair;
+        const auto both = *reinterpret_cast<const Pack<T, 2>*>(from);
         values.pixel[0].v[c] = both.v[0];
         values.pixel[1].v[c] = both.v[1];
       }
       write_pair(g, map, image, channel, token, pair, values);
     }
-  }
+  });
 }
 
 // Element i of the padded qkv_weight [3, heads, padded, length] as it lies in [3 P, P], or -1.

@@ -7,6 +7,7 @@
 
 #include "common/isa.h"
 #include "common/tensors.h"
+#include "digest_checks.h"
 
 namespace xattn {
 
@@ -14,74 +15,34 @@ XATTN_SELECT_KERNELS(DigestKernels, digest_kernels)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-
-struct Options {
-  int64_t heads, grid_h, grid_w, prefix;
-  double scale, dropout_p;
-};
-
 // The tensors of a call in the layout that the kernels read.
-struct Inputs {
-  Tensor qkv;
-  std::optional<Tensor> digest_kv, bias_table, digest_bias, seed;
-
-  Inputs(Tensor qkv, std::optional<Tensor> digest_kv, std::optional<Tensor> bias_table,
-         std::optional<Tensor> digest_bias, std::optional<Tensor> seed)
-      : qkv(dense_last(qkv)),
-        digest_kv(digest_kv.has_value() ? std::optional<Tensor>(dense_last(*digest_kv))
-                                        : std::nullopt),
-        bias_table(contiguous_or_null(bias_table)),
-        digest_bias(contiguous_or_null(digest_bias)),
-        seed(seed) {}
-};
-
-void set_digests(DigestArgs& a, const Inputs& in) {
-  if (in.digest_kv.has_value()) {
-    const Tensor& kv = *in.digest_kv;
-    STD_TORCH_CHECK(kv.dim() == 3 && kv.size(0) == a.batch && kv.size(2) == 2 * a.channels() &&
-                        dtype_of(kv) == a.dtype,
-                    "digest: digest_kv must be [B, M, 2C] of qkv's batch and dtype");
-    a.digests = kv.size(1);
-    a.digest_kv = kv.const_data_ptr();
-    for (int i = 0; i < 2; ++i) a.digest_stride[i] = kv.stride(i);
-  }
-  if (!in.digest_bias.has_value()) return;
-  const Tensor& bias = *in.digest_bias;
-  STD_TORCH_CHECK(bias.dim() == 2 && bias.size(0) == a.heads && bias.size(1) == a.digests &&
-                      dtype_of(bias) == a.dtype,
-                  "digest: digest_bias must be [heads, M] of qkv's dtype");
-  a.digest_bias = a.digests > 0 ? bias.const_data_ptr() : nullptr;
+DigestTensors lay_out(DigestTensors in) {
+  in.qkv = dense_last(in.qkv);
+  if (in.digest_kv.has_value()) in.digest_kv = dense_last(*in.digest_kv);
+  in.bias_table = contiguous_or_null(in.bias_table);
+  in.digest_bias = contiguous_or_null(in.digest_bias);
+  return in;
 }
 
-DigestArgs make_args(const Inputs& in, const Options& o) {
-  const Tensor& qkv = in.qkv;
-  STD_TORCH_CHECK(qkv.dim() == 3, "digest: qkv must be [B, N, 3C]");
-  STD_TORCH_CHECK(o.heads > 0 && qkv.size(2) > 0 && qkv.size(2) % (3 * o.heads) == 0,
-                  "digest: num_heads must divide the channels");
-  STD_TORCH_CHECK(o.grid_h > 0 && o.grid_w > 0 && o.prefix >= 0 &&
-                      qkv.size(1) == o.prefix + o.grid_h * o.grid_w,
-                  "digest: qkv must have num_prefix_tokens + grid_h * grid_w tokens");
+DigestArgs make_args(const DigestTensors& in, const DigestOptions& o) {
   DigestArgs a{};
-  a.dtype = dtype_of(qkv);
-  a.batch = qkv.size(0);
-  a.tokens = qkv.size(1);
+  a.dtype = dtype_of(in.qkv);
+  a.batch = in.batch();
+  a.tokens = in.tokens();
   a.heads = o.heads;
-  a.head_dim = qkv.size(2) / (3 * o.heads);
+  a.head_dim = in.channels() / o.heads;
   a.grid_h = o.grid_h;
   a.grid_w = o.grid_w;
   a.prefix = o.prefix;
-  a.qkv = qkv.const_data_ptr();
-  for (int i = 0; i < 2; ++i) a.qkv_stride[i] = qkv.stride(i);
-  set_digests(a, in);
-  STD_TORCH_CHECK(a.keys() <= INT32_MAX, "digest: more than 2^31 keys");
-  if (in.bias_table.has_value()) {
-    const Tensor& table = *in.bias_table;
-    STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == a.heads && table.size(1) == a.patches() &&
-                        dtype_of(table) == a.dtype,
-                    "digest: bias_table must be [heads, grid_h * grid_w] of qkv's dtype");
-    a.bias_table = table.const_data_ptr();
+  a.qkv = in.qkv.const_data_ptr();
+  for (int i = 0; i < 2; ++i) a.qkv_stride[i] = in.qkv.stride(i);
+  a.digests = in.digests();
+  a.digest_kv = data_or_null(in.digest_kv);
+  for (int i = 0; i < 2 && in.digest_kv.has_value(); ++i) {
+    a.digest_stride[i] = in.digest_kv->stride(i);
   }
+  a.bias_table = data_or_null(in.bias_table);
+  a.digest_bias = a.digests > 0 ? data_or_null(in.digest_bias) : nullptr;
   a.scale = o.scale;
   a.dropout_p = o.dropout_p;
   if (o.dropout_p > 0) read_seed(in.seed, a.dropout_key);
@@ -97,8 +58,11 @@ std::tuple<Tensor, Tensor> digest_fwd(Tensor qkv, std::optional<Tensor> digest_k
                                       std::optional<Tensor> digest_bias, std::optional<Tensor> seed,
                                       int64_t heads, int64_t grid_h, int64_t grid_w, int64_t prefix,
                                       double scale, double dropout_p) {
-  const Inputs in(qkv, digest_kv, bias_table, digest_bias, seed);
-  DigestArgs a = make_args(in, {heads, grid_h, grid_w, prefix, scale, dropout_p});
+  const DigestOptions options{heads, grid_h, grid_w, prefix, scale, dropout_p};
+  DigestTensors in{qkv, digest_kv, bias_table, digest_bias, seed};
+  check_digest(in, options);
+  in = lay_out(in);
+  DigestArgs a = make_args(in, options);
   Tensor out = empty_for(in.qkv, {a.batch, a.tokens, a.channels()});
   Tensor row_stats = empty_compute(in.qkv, {a.batch, a.heads, a.tokens, 2}, a);
   a.out = out.mutable_data_ptr();
@@ -127,15 +91,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> digest_bwd(
     Tensor grad_out, Tensor qkv, std::optional<Tensor> digest_kv, std::optional<Tensor> bias_table,
     std::optional<Tensor> digest_bias, Tensor row_stats, std::optional<Tensor> seed, int64_t heads,
     int64_t grid_h, int64_t grid_w, int64_t prefix, double scale, double dropout_p) {
-  const Inputs in(qkv, digest_kv, bias_table, digest_bias, seed);
-  DigestArgs a = make_args(in, {heads, grid_h, grid_w, prefix, scale, dropout_p});
-  STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == a.batch &&
-                      grad_out.size(1) == a.tokens && grad_out.size(2) == a.channels() &&
-                      dtype_of(grad_out) == a.dtype,
-                  "digest: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(row_stats.numel() == 2 * a.units() * a.tokens &&
-                      row_stats.scalar_type() == compute_type(a.dtype),
-                  "digest: row_stats must be what digest_fwd returned");
+  const DigestOptions options{heads, grid_h, grid_w, prefix, scale, dropout_p};
+  DigestTensors in{qkv, digest_kv, bias_table, digest_bias, seed};
+  check_digest(in, options);
+  check_digest_gradient(in, options, grad_out, row_stats);
+  in = lay_out(in);
+  DigestArgs a = make_args(in, options);
   grad_out = dense_last(grad_out);
   row_stats = torch::stable::contiguous(row_stats);
   a.grad_out = grad_out.const_data_ptr();

@@ -4,6 +4,7 @@
 
 #include "common/cuda_call.h"
 #include "common/cuda_rows.h"
+#include "digest_checks.h"
 #include "digest_forward.cuh"
 #include "digest_table.cuh"
 
@@ -15,40 +16,31 @@ using digest_cuda::kRows;
 using torch::headeronly::ScalarType;
 using MaybeTensor = std::optional<Tensor>;
 
-struct Options {
-  int64_t heads, grid_h, grid_w, prefix;
-  double scale, dropout_p;
-};
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One call: its tensors in a layout that the kernels read, and their arguments.
 struct DigestCall {
   CudaCall cuda;
-  Tensor qkv;
-  MaybeTensor digest_kv, bias_table, digest_bias, seed;
+  DigestTensors in;
   Dtype dtype;
   Args args{};
 
-  DigestCall(const Tensor& qkv_in, const MaybeTensor& digest_kv_in, const MaybeTensor& table,
-             const MaybeTensor& bias, const MaybeTensor& seed_in, const Options& o)
-      : cuda(qkv_in),
-        bias_table(contiguous_or_null(table)),
-        digest_bias(contiguous_or_null(bias)),
-        seed(seed_in),
-        dtype(dtype_of(qkv_in)) {
-    STD_TORCH_CHECK(qkv_in.dim() == 3, "digest: qkv must be [B, N, 3C]");
-    set_sizes(qkv_in, o);
-    qkv = rows(qkv_in);
-    args.qkv = cuda.read(qkv);
-    for (int i = 0; i < 2; ++i) args.qkv_stride[i] = qkv.stride(i);
-    if (digest_kv_in.has_value()) set_digests(*digest_kv_in);
-    set_biases();
+  DigestCall(const DigestTensors& tensors, const DigestOptions& o)
+      : cuda(tensors.qkv), in(tensors), dtype(dtype_of(tensors.qkv)) {
+    check_digest(in, o);
+    STD_TORCH_CHECK(in.qkv.size(2) <= INT32_MAX, "digest: more than 2^31 channels");
+    args.batch = in.batch();
+    args.tokens = static_cast<int>(in.tokens());
+    args.digests = static_cast<int>(in.digests());
+    args.heads = static_cast<int>(o.heads);
+    args.head_dim = static_cast<int>(in.channels() / o.heads);
+    args.grid_h = static_cast<int>(o.grid_h);
+    args.grid_w = static_cast<int>(o.grid_w);
+    args.prefix = static_cast<int>(o.prefix);
     args.scale = static_cast<float>(o.scale);
-    STD_TORCH_CHECK(o.dropout_p == 0 || (seed.has_value() && seed->numel() == 1 &&
-                                         seed->scalar_type() == ScalarType::Long),
-                    "digest: dropout needs `seed`, one int64");
-    args.dropout = make_dropout(cuda.read(seed), o.dropout_p);
+    args.vector = args.head_dim * static_cast<int64_t>(in.qkv.element_size()) % 16 == 0;
+    read_inputs();
+    args.dropout = make_dropout(cuda.read(in.seed), o.dropout_p);
   }
 
   // A tensor of tokens as the kernels read it.
@@ -84,47 +76,19 @@ struct DigestCall {
   }
 
  private:
-  void set_sizes(const Tensor& t, const Options& o) {
-    STD_TORCH_CHECK(o.heads > 0 && t.size(2) > 0 && t.size(2) % (3 * o.heads) == 0,
-                    "digest: num_heads must divide the channels");
-    STD_TORCH_CHECK(o.grid_h > 0 && o.grid_w > 0 && o.prefix >= 0 &&
-                        t.size(1) == o.prefix + o.grid_h * o.grid_w,
-                    "digest: qkv must have num_prefix_tokens + grid_h * grid_w tokens");
-    STD_TORCH_CHECK(t.size(1) <= INT32_MAX && t.size(2) <= INT32_MAX,
-                    "digest: more than 2^31 tokens or channels");
-    args.batch = t.size(0);
-    args.tokens = static_cast<int>(t.size(1));
-    args.heads = static_cast<int>(o.heads);
-    args.head_dim = static_cast<int>(t.size(2) / (3 * o.heads));
-    args.grid_h = static_cast<int>(o.grid_h);
-    args.grid_w = static_cast<int>(o.grid_w);
-    args.prefix = static_cast<int>(o.prefix);
-    args.vector = args.head_dim * static_cast<int64_t>(t.element_size()) % 16 == 0;
-  }
-
-  void set_digests(const Tensor& kv) {
-    STD_TORCH_CHECK(kv.dim() == 3 && kv.size(0) == args.batch &&
-                        kv.size(2) == int64_t{2} * args.heads * args.head_dim &&
-                        dtype_of(kv) == dtype,
-                    "digest: digest_kv must be [B, M, 2C] of qkv's batch and dtype");
-    STD_TORCH_CHECK(args.tokens + kv.size(1) <= INT32_MAX, "digest: more than 2^31 keys");
-    digest_kv = rows(kv);
-    args.digests = static_cast<int>(kv.size(1));
-    args.digest_kv = cuda.read(*digest_kv);
-    for (int i = 0; i < 2; ++i) args.digest_stride[i] = digest_kv->stride(i);
-  }
-
-  void set_biases() {
-    const auto fits = [&](const Tensor& t, int64_t columns) {
-      return t.dim() == 2 && t.size(0) == args.heads && t.size(1) == columns &&
-             dtype_of(t) == dtype;
-    };
-    STD_TORCH_CHECK(!bias_table.has_value() || fits(*bias_table, patches()),
-                    "digest: bias_table must be [heads, grid_h * grid_w] of qkv's dtype");
-    STD_TORCH_CHECK(!digest_bias.has_value() || fits(*digest_bias, args.digests),
-                    "digest: digest_bias must be [heads, M] of qkv's dtype");
-    args.bias_table = cuda.read(bias_table);
-    args.digest_bias = args.digests > 0 ? cuda.read(digest_bias) : nullptr;
+  void read_inputs() {
+    in.qkv = rows(in.qkv);
+    args.qkv = cuda.read(in.qkv);
+    for (int i = 0; i < 2; ++i) args.qkv_stride[i] = in.qkv.stride(i);
+    if (in.digest_kv.has_value()) {
+      in.digest_kv = rows(*in.digest_kv);
+      args.digest_kv = cuda.read(*in.digest_kv);
+      for (int i = 0; i < 2; ++i) args.digest_stride[i] = in.digest_kv->stride(i);
+    }
+    in.bias_table = contiguous_or_null(in.bias_table);
+    in.digest_bias = contiguous_or_null(in.digest_bias);
+    args.bias_table = cuda.read(in.bias_table);
+    args.digest_bias = args.digests > 0 ? cuda.read(in.digest_bias) : nullptr;
   }
 };
 
@@ -137,7 +101,7 @@ std::tuple<Tensor, Tensor> digest_fwd(Tensor qkv, MaybeTensor digest_kv, MaybeTe
                                       MaybeTensor digest_bias, MaybeTensor seed, int64_t heads,
                                       int64_t grid_h, int64_t grid_w, int64_t prefix, double scale,
                                       double dropout_p) {
-  DigestCall call(qkv, digest_kv, bias_table, digest_bias, seed,
+  DigestCall call({qkv, digest_kv, bias_table, digest_bias, seed},
                   {heads, grid_h, grid_w, prefix, scale, dropout_p});
   Args& a = call.args;
   Tensor out =
@@ -177,7 +141,7 @@ Tensor table_gradient(DigestCall& call) {
         call.cuda.launch(digest_cuda::digest_backward_table<L>, dim3(grid.x), digest_cuda::kThreads,
                          shared, a);
       });
-  return sum_parts(call.cuda, parts, call.qkv.scalar_type());
+  return sum_parts(call.cuda, parts, call.in.qkv.scalar_type());
 }
 
 // dQ and delta, then dK and dV with the sums of the digests' bias.
@@ -200,17 +164,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> digest_bwd(
     Tensor grad_out, Tensor qkv, MaybeTensor digest_kv, MaybeTensor bias_table,
     MaybeTensor digest_bias, Tensor row_stats, MaybeTensor seed, int64_t heads, int64_t grid_h,
     int64_t grid_w, int64_t prefix, double scale, double dropout_p) {
-  DigestCall call(qkv, digest_kv, bias_table, digest_bias, seed,
-                  {heads, grid_h, grid_w, prefix, scale, dropout_p});
+  const DigestOptions options{heads, grid_h, grid_w, prefix, scale, dropout_p};
+  DigestCall call({qkv, digest_kv, bias_table, digest_bias, seed}, options);
+  check_digest_gradient(call.in, options, grad_out, row_stats);
   Args& a = call.args;
   const int64_t C = int64_t{a.heads} * a.head_dim;
-  STD_TORCH_CHECK(grad_out.dim() == 3 && grad_out.size(0) == a.batch &&
-                      grad_out.size(1) == a.tokens && grad_out.size(2) == C &&
-                      dtype_of(grad_out) == call.dtype,
-                  "digest: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(row_stats.numel() == 2 * a.batch * a.heads * a.tokens &&
-                      row_stats.scalar_type() == ScalarType::Float,
-                  "digest: row_stats must be what digest_fwd returned");
   const ScalarType dtype = qkv.scalar_type();
   Tensor grad_qkv = call.cuda.empty({a.batch, a.tokens, 3 * C}, dtype);
   Tensor grad_digest_kv = digest_kv.has_value()

@@ -59,9 +59,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) backward_rows(const Args<T> a) {
   constexpr int kD = kChunk<T>;
   SHARED_DYNAMIC(TilePair<T>, pair);
-  const int head = blockIdx.x % a.heads, tiles = a.tiles();
-  const int query_tile = blockIdx.x / a.heads % tiles, first_row = warp_id() * 16;
-  const Window w = window_at(a, static_cast<int64_t>(blockIdx.x / a.heads / tiles));
+  const TiledBlock block(a);
+  const int head = block.head, query_tile = block.tile, first_row = warp_id() * 16;
+  const Window w = window_at(a, block.index);
+  const int tiles = a.tiles();
   const int64_t unit = w.index * a.heads + head;
   const int first_query = query_tile * kTile + first_row;
   TileLoader<T, kD> query(a, head), key(a, head);
@@ -69,20 +70,15 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows(const Args<T> a) {
 
   // The softmax's statistics, with a running maximum
   float s[kTile / 8][4], dp[kTile / 8][4];
-  float highest[2] = {kNever, kNever}, total[2] = {}, delta[2] = {};
+  float delta[2] = {};
+  RunningSoftmax softmax;
   for (int key_tile = 0; key_tile < tiles; ++key_tile) {
     key.find(w, key_tile);
     pair->template multiply<false>(query, key, key_tile == 0, true, 0, s, dp);
     finish_logits<false>(a, head, pair->queries, pair->keys, s);
     drop(a.dropout, keep_bits(a.dropout, unit, first_query, key_tile * kTile, a.tokens()), dp);
-    float above[2], level[2], tile_total[2];
-    row_max(s, above);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      above[half] = fmaxf(above[half], highest[half]);
-      level[half] = above[half] == kNever ? 0.0f : above[half];  // a tile of strangers
-    }
-    exponentials(s, level, tile_total);
+    float before[2];
+    softmax.add(s, before);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float product = 0;
@@ -90,20 +86,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows(const Args<T> a) {
       for (int i = 0; i < kTile / 4; ++i) {
         product += s[i / 2][2 * half + i % 2] * dp[i / 2][2 * half + i % 2];
       }
-      const float before = exp_above(highest[half], level[half]);
-      highest[half] = above[half];
-      total[half] = total[half] * before + tile_total[half];
-      delta[half] = delta[half] * before + quad_sum(product);
+      delta[half] = delta[half] * before[half] + quad_sum(product);
     }
   }
   const Statistics<T> statistics(a, unit);
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    inverse[half] = 1 / total[half];
+    inverse[half] = 1 / softmax.total[half];
     delta[half] *= inverse[half];
     if (lane_column() == 0) {
-      statistics.highest[first_query + lane_row(half)] = highest[half];
+      statistics.highest[first_query + lane_row(half)] = softmax.highest[half];
       statistics.inverse[first_query + lane_row(half)] = inverse[half];
       statistics.delta[first_query + lane_row(half)] = delta[half];
     }
@@ -126,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows(const Args<T> a) {
       for (int i = 0; i < kTile / 2; ++i) {
         const int half = i % 4 / 2;
         float& ds = dp[i / 4][i % 4];
-        const float p = exp_above(s[i / 4][i % 4], highest[half]) * inverse[half];
+        const float p = exp_above(s[i / 4][i % 4], softmax.highest[half]) * inverse[half];
         ds = p * (ds - delta[half]);
       }
 #pragma unroll
@@ -151,10 +144,9 @@ __global__ void __launch_bounds__(kThreads) backward_columns(const Args<T> a) {
   constexpr int kD = kChunk<T>;
   SHARED_DYNAMIC(ColumnsShared<T>, shared);
   TilePair<T>& pair = shared->pair;
-  const int head = blockIdx.x % a.heads, tiles = a.tiles();
-  const int key_tile = blockIdx.x / a.heads % tiles;
-  const int64_t part = blockIdx.x / a.heads, first = part / tiles * a.block_run;
-  const int64_t count = run_length(a, first);
+  const TiledBlock block(a);
+  const int head = block.head, key_tile = block.tile, tiles = a.tiles();
+  const int64_t first = block.index * a.block_run, count = run_length(a, first);
   const int first_key = key_tile * kTile + warp_id() * 16;
   const Token tokens[2] = {token_at(a, first_key + lane_row(0)),
                            token_at(a, first_key + lane_row(1))};
@@ -214,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) backward_columns(const Args<T> a) {
       }
     }
     __syncthreads();
-    if (a.pad_parts) shared->pads.store(a, part, head, chunk * kD);
+    if (a.pad_parts) shared->pads.store(a, block.part, head, chunk * kD);
     __syncthreads();
   }
 }
@@ -232,10 +224,9 @@ __global__ void __launch_bounds__(kThreads) backward_bias(const Args<T> a) {
   constexpr int kD = kChunk<T>;
   SHARED_DYNAMIC(BiasShared<T>, shared);
   TilePair<T>& pair = shared->pair;
-  const int head = blockIdx.x % a.heads, tiles = a.tiles();
-  const int query_tile = blockIdx.x / a.heads % tiles;
-  const int64_t part = blockIdx.x / a.heads, first = part / tiles * a.block_run;
-  const int64_t count = run_length(a, first);
+  const TiledBlock block(a);
+  const int head = block.head, query_tile = block.tile, tiles = a.tiles();
+  const int64_t first = block.index * a.block_run, count = run_length(a, first);
   const int first_query = query_tile * kTile + warp_id() * 16;
   TileLoader<T, kD> query(a, head), key(a, head);
 
@@ -267,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) backward_bias(const Args<T> a) {
     __syncthreads();  // the last tile's sums were read
     put_sums(sums, shared->sums);
     __syncthreads();
-    add_bins(a, part, head, shared->sums, query_tile, key_tile, key_tile == 0);
+    add_bins(a, block.part, head, shared->sums, query_tile, key_tile, key_tile == 0);
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "common/isa.h"
 #include "common/tensors.h"
+#include "ipsa_checks.h"
 
 namespace xattn {
 
@@ -14,20 +15,8 @@ XATTN_SELECT_KERNELS(IpsaKernels, ipsa_kernels)
 
 namespace {
 
-struct Options {
-  int64_t heads, window_h, window_w, shift_h, shift_w;
-  double scale, dropout_p;
-};
-
 // Sizes and windows of a call on `map`, [B, H, W, parts * heads * head_dim].
-IpsaArgs make_geometry(const Tensor& map, int64_t parts, const Options& o) {
-  STD_TORCH_CHECK(map.dim() == 4, "ipsa: the map must be [B, H, W, channels]");
-  STD_TORCH_CHECK(o.heads > 0 && map.size(3) > 0 && map.size(3) % (parts * o.heads) == 0,
-                  "ipsa: num_heads must divide the channels");
-  STD_TORCH_CHECK(o.window_h > 0 && o.window_w > 0, "ipsa: window must be positive");
-  STD_TORCH_CHECK(
-      0 <= o.shift_h && o.shift_h < o.window_h && 0 <= o.shift_w && o.shift_w < o.window_w,
-      "ipsa: shift must be in [0, window)");
+IpsaArgs make_geometry(const Tensor& map, int64_t parts, const IpsaOptions& o) {
   IpsaArgs a{};
   a.dtype = dtype_of(map);
   a.batch = map.size(0);
@@ -49,22 +38,11 @@ IpsaArgs make_geometry(const Tensor& map, int64_t parts, const Options& o) {
   return a;
 }
 
-void set_bias_table(IpsaArgs& a, const std::optional<Tensor>& table) {
-  if (!table.has_value()) return;
-  STD_TORCH_CHECK(table->dim() == 2 && table->size(0) == a.bias_bins() &&
-                      table->size(1) == a.heads && dtype_of(*table) == a.dtype,
-                  "ipsa: bias_table must be [(2h-1)(2w-1), heads] of the map's dtype");
-  a.bias_table = table->const_data_ptr();
-}
-
 IpsaArgs make_args(const Tensor& qkv, const std::optional<Tensor>& bias_table,
                    const std::optional<Tensor>& pad_qkv, const std::optional<Tensor>& seed,
-                   const Options& o) {
+                   const IpsaOptions& o) {
   IpsaArgs a = make_geometry(qkv, 3, o);
-  set_bias_table(a, bias_table);
-  STD_TORCH_CHECK(
-      !pad_qkv.has_value() || (pad_qkv->numel() == qkv.size(3) && dtype_of(*pad_qkv) == a.dtype),
-      "ipsa: pad_qkv must be [3C] of qkv's dtype");
+  a.bias_table = data_or_null(bias_table);
   a.pad_qkv = data_or_null(pad_qkv);
   if (o.dropout_p > 0) read_seed(seed, a.dropout_key);
   return a;
@@ -73,11 +51,12 @@ IpsaArgs make_args(const Tensor& qkv, const std::optional<Tensor>& bias_table,
 Tensor ipsa_fwd(Tensor qkv, std::optional<Tensor> bias_table, std::optional<Tensor> pad_qkv,
                 std::optional<Tensor> seed, int64_t heads, int64_t window_h, int64_t window_w,
                 int64_t shift_h, int64_t shift_w, double scale, double dropout_p) {
+  const IpsaOptions options{heads, window_h, window_w, shift_h, shift_w, scale, dropout_p};
+  check_ipsa(options, qkv, bias_table, pad_qkv, seed);
   qkv = dense_last(qkv);
   bias_table = contiguous_or_null(bias_table);
   pad_qkv = contiguous_or_null(pad_qkv);
-  IpsaArgs a = make_args(qkv, bias_table, pad_qkv, seed,
-                         {heads, window_h, window_w, shift_h, shift_w, scale, dropout_p});
+  IpsaArgs a = make_args(qkv, bias_table, pad_qkv, seed, options);
   Tensor out = empty_for(qkv, {a.batch, a.height, a.width, a.channels()});
   a.out = out.mutable_data_ptr();
 
@@ -109,16 +88,14 @@ std::tuple<Tensor, Tensor, Tensor> ipsa_bwd(Tensor grad_out, Tensor qkv,
                                             std::optional<Tensor> seed, int64_t heads,
                                             int64_t window_h, int64_t window_w, int64_t shift_h,
                                             int64_t shift_w, double scale, double dropout_p) {
+  const IpsaOptions options{heads, window_h, window_w, shift_h, shift_w, scale, dropout_p};
+  check_ipsa(options, qkv, bias_table, pad_qkv, seed);
+  check_ipsa_gradient(qkv, grad_out);
   qkv = dense_last(qkv);
   grad_out = dense_last(grad_out);
   bias_table = contiguous_or_null(bias_table);
   pad_qkv = contiguous_or_null(pad_qkv);
-  IpsaArgs a = make_args(qkv, bias_table, pad_qkv, seed,
-                         {heads, window_h, window_w, shift_h, shift_w, scale, dropout_p});
-  STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.size(0) == a.batch &&
-                      grad_out.size(1) == a.height && grad_out.size(2) == a.width &&
-                      grad_out.size(3) == a.channels() && dtype_of(grad_out) == a.dtype,
-                  "ipsa: grad_out must have the shape and dtype of the output");
+  IpsaArgs a = make_args(qkv, bias_table, pad_qkv, seed, options);
   a.grad_out = grad_out.const_data_ptr();
   for (int i = 0; i < 3; ++i) a.grad_out_stride[i] = grad_out.stride(i);
   Tensor grad_qkv = empty_for(qkv, {a.batch, a.height, a.width, 3 * a.channels()});
@@ -182,12 +159,14 @@ Tensor ipsa_block_fwd(Tensor x, Tensor qkv_packed, std::optional<Tensor> qkv_bia
                       Tensor proj_packed, std::optional<Tensor> proj_bias,
                       std::optional<Tensor> bias_table, int64_t heads, int64_t window_h,
                       int64_t window_w, int64_t shift_h, int64_t shift_w, double scale) {
+  const IpsaOptions options{heads, window_h, window_w, shift_h, shift_w, scale, 0.0};
+  check_ipsa_map(options, x, 1, bias_table);
   x = dense_last(x);
   bias_table = contiguous_or_null(bias_table);
   qkv_bias = contiguous_or_null(qkv_bias);
   proj_bias = contiguous_or_null(proj_bias);
   IpsaBlockArgs block{};
-  block.map = make_geometry(x, 1, {heads, window_h, window_w, shift_h, shift_w, scale, 0.0});
+  block.map = make_geometry(x, 1, options);
   IpsaArgs& a = block.map;
   const int64_t C = a.channels();
   const IpsaKernels& kernels = select_ipsa_kernels();
@@ -199,7 +178,7 @@ Tensor ipsa_block_fwd(Tensor x, Tensor qkv_packed, std::optional<Tensor> qkv_bia
   STD_TORCH_CHECK((!qkv_bias.has_value() || qkv_bias->numel() == 3 * C) &&
                       (!proj_bias.has_value() || proj_bias->numel() == C),
                   "ipsa: biases must be [3C] and [C]");
-  set_bias_table(a, bias_table);
+  a.bias_table = data_or_null(bias_table);
   Tensor out = empty_for(x, {a.batch, a.height, a.width, C});
   a.out = out.mutable_data_ptr();
   block.qkv_weight = qkv_packed.const_data_ptr();

@@ -8,52 +8,25 @@
 #include <tuple>
 
 #include "common/cuda_call.h"
+#include "ipsa_checks.h"
 
 namespace xattn {
 namespace {
 
 using namespace ipsa_cuda;
 
-struct Options {
-  int64_t heads, window_h, window_w, shift_h, shift_w;
-  double scale, dropout_p;
-};
-
 // The arguments of both directions, and the copies of them that kernels read.
 struct Inputs {
   Tensor qkv;
   std::optional<Tensor> bias_table, pad_qkv, seed, grad_out;
-  Options options;
+  IpsaOptions options;
 };
 
 void check(const Inputs& in) {
-  const Options& o = in.options;
-  const Tensor& qkv = in.qkv;
-  STD_TORCH_CHECK(qkv.dim() == 4, "ipsa: qkv must be [B, H, W, 3C]");
-  STD_TORCH_CHECK(o.heads > 0 && qkv.size(3) > 0 && qkv.size(3) % (3 * o.heads) == 0,
-                  "ipsa: num_heads must divide the channels");
-  STD_TORCH_CHECK(o.window_h > 0 && o.window_w > 0 && o.window_h <= INT_MAX / 4 / o.window_w,
-                  "ipsa: window must be positive, of less than 2^29 tokens");
-  STD_TORCH_CHECK(
-      0 <= o.shift_h && o.shift_h < o.window_h && 0 <= o.shift_w && o.shift_w < o.window_w,
-      "ipsa: shift must be in [0, window)");
-  STD_TORCH_CHECK(qkv.size(1) <= INT_MAX / 2 && qkv.size(2) <= INT_MAX / 2,
+  check_ipsa(in.options, in.qkv, in.bias_table, in.pad_qkv, in.seed);
+  if (in.grad_out.has_value()) check_ipsa_gradient(in.qkv, *in.grad_out);
+  STD_TORCH_CHECK(in.qkv.size(1) <= INT_MAX / 2 && in.qkv.size(2) <= INT_MAX / 2,
                   "ipsa: a map must have less than 2^30 rows and columns");
-  const auto like_qkv = [&](const std::optional<Tensor>& t, std::vector<int64_t> sizes) {
-    if (!t.has_value()) return true;
-    const auto have = t->sizes();
-    return dtype_of(*t) == dtype_of(qkv) && std::vector<int64_t>(have.begin(), have.end()) == sizes;
-  };
-  const int64_t bins = (2 * o.window_h - 1) * (2 * o.window_w - 1);
-  STD_TORCH_CHECK(like_qkv(in.bias_table, {bins, o.heads}),
-                  "ipsa: bias_table must be [(2h-1)(2w-1), heads] of the map's dtype");
-  STD_TORCH_CHECK(like_qkv(in.pad_qkv, {qkv.size(3)}), "ipsa: pad_qkv must be [3C] of qkv's dtype");
-  STD_TORCH_CHECK(like_qkv(in.grad_out, {qkv.size(0), qkv.size(1), qkv.size(2), qkv.size(3) / 3}),
-                  "ipsa: grad_out must have the shape and dtype of the output");
-  STD_TORCH_CHECK(
-      !(o.dropout_p > 0) || (in.seed.has_value() && in.seed->numel() == 1 &&
-                             in.seed->scalar_type() == torch::headeronly::ScalarType::Long),
-      "xattn_ops: dropout needs `seed`, one int64");
 }
 
 bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
@@ -91,7 +64,7 @@ bool prepare(Inputs& in) {
 
 template <class T>
 Args<T> make_args(CudaCall& call, const Inputs& in, bool wide) {
-  const Options& o = in.options;
+  const IpsaOptions& o = in.options;
   const auto small = [](int64_t x) { return static_cast<int>(x); };
   Args<T> a{};
   a.height = small(in.qkv.size(1));

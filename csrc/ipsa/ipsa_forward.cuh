@@ -83,9 +83,10 @@ __global__ void __launch_bounds__(kThreads, 3) forward_tiled(const Args<T> a) {
   constexpr int kD = kChunk<T>;
   SHARED_DYNAMIC(T, memory);
   T *const q = memory, *const k = q + kTileSize<kD>, *const v = k + kTileSize<kD>;
-  const int head = blockIdx.x % a.heads, tiles = a.tiles();
-  const int query_tile = blockIdx.x / a.heads % tiles, first_row = warp_id() * 16;
-  const Window w = window_at(a, static_cast<int64_t>(blockIdx.x / a.heads / tiles));
+  const TiledBlock block(a);
+  const int head = block.head, query_tile = block.tile, first_row = warp_id() * 16;
+  const Window w = window_at(a, block.index);
+  const int tiles = a.tiles();
   const int chunks = (a.head_dim + kD - 1) / kD;
 
   SHARED(TileTokens, query_tokens, [1]);
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(kThreads, 3) forward_tiled(const Args<T> a) {
   TileLoader<T, kD> queries(a, head), keys(a, head);
   queries.find(w, query_tile);
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    float sums[kD / 8][4] = {}, highest[2] = {kNever, kNever}, total[2] = {};
+    float sums[kD / 8][4] = {};
+    RunningSoftmax softmax;
     for (int key_tile = 0; key_tile < tiles; ++key_tile) {
       keys.find(w, key_tile);
       float s[kTile / 8][4] = {};
@@ -109,31 +111,19 @@ __global__ void __launch_bounds__(kThreads, 3) forward_tiled(const Args<T> a) {
       }
       finish_logits<false>(a, head, query_tokens[0], key_tokens[0], s);
 
-      float above[2], level[2], tile_total[2];
-      row_max(s, above);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        above[half] = fmaxf(above[half], highest[half]);
-        level[half] = above[half] == kNever ? 0.0f : above[half];  // a tile of strangers
-      }
-      exponentials(s, level, tile_total);
+      float before[2];
+      softmax.add(s, before);
       const int64_t unit = w.index * a.heads + head;
       const int first_query = query_tile * kTile + first_row;
       drop(a.dropout, keep_bits(a.dropout, unit, first_query, key_tile * kTile, a.tokens()), s);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float before = exp_above(highest[half], level[half]);
-        highest[half] = above[half];
-        total[half] = total[half] * before + tile_total[half];
-#pragma unroll
-        for (int i = 0; i < kD / 4; ++i) sums[i / 2][2 * half + i % 2] *= before;
-      }
+      for (int i = 0; i < kD / 2; ++i) sums[i / 4][i % 4] *= before[i % 4 / 2];
 #pragma unroll
       for (int t = 0; t < kTile / 16; ++t) {
         multiply_columns<T, kD>(sums, weights_as_a<T>(s, t), v, t);
       }
     }
-    const float factor[2] = {1 / total[0], 1 / total[1]};
+    const float factor[2] = {1 / softmax.total[0], 1 / softmax.total[1]};
     T* to[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

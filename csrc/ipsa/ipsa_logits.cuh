@@ -153,6 +153,30 @@ XATTN_DEVICE void exponentials(float (&s)[kN][4], const float (&level)[2], float
   }
 }
 
+// The softmax of a lane's two rows so far, tile by tile.
+struct RunningSoftmax {
+  float highest[2] = {kNever, kNever}, total[2] = {};
+
+  // s = e^(s - the highest so far); before: what sums over earlier tiles are to be multiplied by.
+  template <int kN>
+  XATTN_DEVICE void add(float (&s)[kN][4], float (&before)[2]) {
+    float above[2], level[2], tile_total[2];
+    row_max(s, above);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      above[half] = fmaxf(above[half], highest[half]);
+      level[half] = above[half] == kNever ? 0.0f : above[half];  // a tile of strangers
+    }
+    exponentials(s, level, tile_total);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      before[half] = exp_above(highest[half], level[half]);
+      highest[half] = above[half];
+      total[half] = total[half] * before[half] + tile_total[half];
+    }
+  }
+};
+
 // Weights, or their gradients, times their dropout factors.
 template <int kN>
 XATTN_DEVICE void drop(const Dropout& dropout, uint32_t keep, float (&weights)[kN][4]) {

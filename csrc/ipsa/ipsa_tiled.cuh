@@ -9,6 +9,20 @@ namespace xattn::ipsa_cuda {
 template <class T>
 constexpr int kChunk = kIsShort<T> ? 64 : 32;
 
+// Where a block of the grid stands: heads x tiles x windows, or runs of them.
+struct TiledBlock {
+  int head, tile;
+  int64_t index;  // of the window or run
+  int64_t part;   // of the tile of a run
+
+  template <class T>
+  XATTN_DEVICE explicit TiledBlock(const Args<T>& a)
+      : head(blockIdx.x % a.heads),
+        tile(blockIdx.x / a.heads % a.tiles()),
+        index(blockIdx.x / a.heads / a.tiles()),
+        part(blockIdx.x / a.heads) {}
+};
+
 // Of the tokens of a tile, as every thread needs them.
 struct TileTokens {
   int code[kTile];    // or -1 where the token only fills the tile

@@ -8,6 +8,7 @@
 #include "common/isa.h"
 #include "common/tensors.h"
 #include "common/weight_gradients.h"
+#include "merge_checks.h"
 
 namespace xattn {
 
@@ -17,10 +18,6 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-struct Options {
-  int64_t height, width, stride, prefix;
-};
-
 // A call's tensors and per-channel tables, held as long as the kernels read them.
 struct MergeCall {
   Tensor x, enhance;
@@ -29,23 +26,19 @@ struct MergeCall {
   MergeArgs args{};
 
   MergeCall(const Tensor& x_in, const MaybeTensor& merge_in, const Tensor& enhance_in,
-            const MaybeTensor& bias_in, const Options& o)
-      : x(dense_last(x_in)),
-        enhance(torch::stable::contiguous(enhance_in)),
-        merge(contiguous_or_null(merge_in)),
-        bias(contiguous_or_null(bias_in)) {
+            const MaybeTensor& bias_in, const MergeOptions& o) {
+    check_merge(o, x_in, merge_in, enhance_in, bias_in);
+    x = dense_last(x_in);
+    enhance = torch::stable::contiguous(enhance_in);
+    merge = contiguous_or_null(merge_in);
+    bias = contiguous_or_null(bias_in);
     set_sizes(o);
-    check_weight(enhance);
     enhance_table.add(args.channels, enhance.size(2));
     args.enhance = enhance_table.weights(enhance, bias);
     if (merge.has_value()) {
-      check_weight(*merge);
       merge_table.add(args.channels, merge->size(2));
       args.merge = merge_table.weights(*merge, std::nullopt);
     }
-    STD_TORCH_CHECK(
-        !bias.has_value() || (bias->numel() == args.channels && dtype_of(*bias) == args.dtype),
-        "merge: enhance_bias must be [C], in x's dtype");
   }
 
   // [batch, merged tokens, channels], of no tokens without a merge.
@@ -56,18 +49,14 @@ struct MergeCall {
   std::vector<int64_t> token_sizes() const { return {args.batch, args.tokens(), args.channels}; }
 
  private:
-  void set_sizes(const Options& o) {
-    STD_TORCH_CHECK(x.dim() == 3 && o.height > 0 && o.width > 0 && o.prefix >= 0 && o.stride > 0 &&
-                        x.size(2) > 0 && x.size(1) == o.prefix + o.height * o.width,
-                    "merge: x must be [B, num_prefix_tokens + grid_h * grid_w, C]");
+  void set_sizes(const MergeOptions& o) {
     args.dtype = dtype_of(x);
     args.batch = x.size(0);
     args.prefix = o.prefix;
     args.height = o.height;
     args.width = o.width;
     args.channels = x.size(2);
-    // Beyond the image a larger stride changes nothing.
-    args.stride = std::min(o.stride, std::max(o.height, o.width));
+    args.stride = o.largest_stride();
     args.x = x.const_data_ptr();
     for (int i = 0; i < 2; ++i) args.x_stride[i] = x.stride(i);
     // A cache line of every token, and rows cut apart where images and groups are few.
@@ -77,23 +66,14 @@ struct MergeCall {
     args.bands =
         std::clamp<int64_t>(kUnits / units, 1, std::max<int64_t>(1, args.height / kRowsPerBand));
   }
-
-  void check_weight(const Tensor& weight) const {
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == args.channels && weight.size(1) == 1 &&
-                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
-                        dtype_of(weight) == args.dtype,
-                    "merge: weights must be [C, 1, k, k] with odd k, in x's dtype");
-  }
 };
 
 // A gradient of an output of these sizes as pointer and strides; null where there is none.
-const void* read_gradient(MaybeTensor& grad, const std::vector<int64_t>& sizes, Dtype dtype,
+const void* read_gradient(const Tensor& x, MaybeTensor& grad, const std::vector<int64_t>& sizes,
                           int64_t (&stride)[2]) {
+  check_merge_gradient(x, grad, sizes);
   if (!grad.has_value()) return nullptr;
   grad = dense_last(*grad);
-  STD_TORCH_CHECK(grad->dim() == 3 && grad->size(0) == sizes[0] && grad->size(1) == sizes[1] &&
-                      grad->size(2) == sizes[2] && dtype_of(*grad) == dtype,
-                  "merge: gradients must have the shape and dtype of the outputs");
   for (int i = 0; i < 2; ++i) stride[i] = grad->stride(i);
   return grad->const_data_ptr();
 }
@@ -123,10 +103,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_bwd(
     int64_t prefix) {
   MergeCall call(x, merge_weight, enhance_weight, enhance_bias, {grid_h, grid_w, stride, prefix});
   MergeArgs& a = call.args;
-  a.grad_digests = read_gradient(grad_digests, call.digest_sizes(), a.dtype, a.grad_digests_stride);
+  a.grad_digests = read_gradient(x, grad_digests, call.digest_sizes(), a.grad_digests_stride);
   if (!call.merge.has_value()) a.grad_digests = nullptr;  // of an empty output
-  a.grad_enhanced =
-      read_gradient(grad_enhanced, call.token_sizes(), a.dtype, a.grad_enhanced_stride);
+  a.grad_enhanced = read_gradient(x, grad_enhanced, call.token_sizes(), a.grad_enhanced_stride);
   Tensor grad_x = empty_for(call.x, call.token_sizes());
   a.out = grad_x.mutable_data_ptr();
 

@@ -5,6 +5,7 @@
 #include "common/cuda_call.h"
 #include "common/cuda_rows.h"
 #include "merge_backward.cuh"
+#include "merge_checks.h"
 
 namespace xattn {
 namespace {
@@ -14,10 +15,6 @@ using merge_cuda::Convolution;
 using merge_cuda::Map;
 using torch::headeronly::ScalarType;
 using MaybeTensor = std::optional<Tensor>;
-
-struct Options {
-  int64_t height, width, stride, prefix;
-};
 
 // One call: its tensors in a layout that the kernels read, and their arguments.
 struct MergeCall {
@@ -29,19 +26,19 @@ struct MergeCall {
   Args args{};
 
   MergeCall(const Tensor& x_in, const MaybeTensor& merge_in, const Tensor& enhance_in,
-            const MaybeTensor& bias_in, const Options& o)
-      : cuda(x_in),
-        enhance(torch::stable::contiguous(enhance_in)),
-        merge(contiguous_or_null(merge_in)),
-        bias(contiguous_or_null(bias_in)),
-        dtype(dtype_of(x_in)) {
-    check_sizes(x_in, o);
+            const MaybeTensor& bias_in, const MergeOptions& o)
+      : cuda(x_in), dtype(dtype_of(x_in)) {
+    check_merge(o, x_in, merge_in, enhance_in, bias_in);
+    STD_TORCH_CHECK(x_in.size(1) <= INT32_MAX && x_in.size(2) <= INT32_MAX,
+                    "merge: more than 2^31 tokens or channels");
+    enhance = torch::stable::contiguous(enhance_in);
+    merge = contiguous_or_null(merge_in);
+    bias = contiguous_or_null(bias_in);
     vector = x_in.size(2) * static_cast<int64_t>(x_in.element_size()) % 16 == 0;
     x = rows(x_in);
     args.batch = x.size(0);
     args.channels = static_cast<int>(x.size(2));
-    // Beyond the image a larger stride changes nothing.
-    args.stride = static_cast<int>(std::min(o.stride, std::max(o.height, o.width)));
+    args.stride = static_cast<int>(o.largest_stride());
     args.x = {cuda.read(x),
               {x.stride(0), x.stride(1)},
               static_cast<int>(o.height),
@@ -55,9 +52,6 @@ struct MergeCall {
       args.digests.height = (args.x.height + args.stride - 1) / args.stride;
       args.digests.width = (args.x.width + args.stride - 1) / args.stride;
     }
-    STD_TORCH_CHECK(
-        !bias.has_value() || (bias->numel() == args.channels && dtype_of(*bias) == dtype),
-        "merge: enhance_bias must be [C], in x's dtype");
     args.bias = cuda.read(bias);
   }
 
@@ -72,10 +66,8 @@ struct MergeCall {
 
   // The gradient of an output of these sizes; it is read where `map` then says.
   void read_gradient(MaybeTensor& grad, const std::vector<int64_t>& sizes, Map& map) {
+    check_merge_gradient(x, grad, sizes);
     if (!grad.has_value()) return;
-    STD_TORCH_CHECK(grad->dim() == 3 && grad->size(0) == sizes[0] && grad->size(1) == sizes[1] &&
-                        grad->size(2) == sizes[2] && dtype_of(*grad) == dtype,
-                    "merge: gradients must have the shape and dtype of the outputs");
     grad = rows(*grad);
     map.data = cuda.read(*grad);
     for (int i = 0; i < 2; ++i) map.stride[i] = grad->stride(i);
@@ -139,19 +131,8 @@ struct MergeCall {
  private:
   int64_t pixels_ = 0;
 
-  static void check_sizes(const Tensor& x, const Options& o) {
-    STD_TORCH_CHECK(x.dim() == 3 && o.height > 0 && o.width > 0 && o.prefix >= 0 && o.stride > 0 &&
-                        x.size(2) > 0 && x.size(1) == o.prefix + o.height * o.width,
-                    "merge: x must be [B, num_prefix_tokens + grid_h * grid_w, C]");
-    STD_TORCH_CHECK(x.size(1) <= INT32_MAX && x.size(2) <= INT32_MAX,
-                    "merge: more than 2^31 tokens or channels");
-  }
-
   Convolution convolution(const Tensor& weight) {
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == args.channels && weight.size(1) == 1 &&
-                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
-                        weight.size(2) < 1 << 15 && dtype_of(weight) == dtype,
-                    "merge: weights must be [C, 1, k, k] with odd k, in x's dtype");
+    STD_TORCH_CHECK(weight.size(2) < 1 << 15, "merge: windows must be smaller than 2^15");
     return {cuda.read(weight), static_cast<int>(weight.size(2))};
   }
 };
