@@ -28,7 +28,7 @@ def _convolve(
 ):  # fmt: skip
     """Outputs [BX, BC] at the columns ox of the row y; weight [K, K, C]."""
     total = tl.zeros((BX, BC), tl.float32)
-    for ky in tl.static_range(K):
+    for ky in range(K):
         iy = y * STRIDE + ky - K // 2
         for kx in tl.static_range(K):
             ix = ox * STRIDE + kx - K // 2
@@ -92,7 +92,7 @@ def _scatter(
 ):  # fmt: skip
     """total [BX, BC] plus what the inputs at the columns x of the row y get from the outputs
     [rows, columns] of a convolution."""
-    for ky in tl.static_range(K):
+    for ky in range(K):
         oy = y + K // 2 - ky  # times STRIDE
         row = (oy >= 0) & (oy < rows * STRIDE) & (oy % STRIDE == 0)
         for kx in tl.static_range(K):
