@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _tuning
+from . import _tiles, _tuning
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)  # softmax in powers of two: exp(x) = exp2(x * LOG2E)
@@ -79,47 +79,47 @@ class Launch:
 
 
 _record: list[Launch] | None = None
-_target = "hip" if torch.version.hip else "cuda"
+_recorded = _tiles.DEFAULT  # what launches are noted for, and what the interpreter plays
 
 
-def launch(
-    kernel: Any, programs: int, *, warps: int = 1, stages: int = 1, **arguments: Any
-) -> None:
+def launch(kernel: Any, programs: int, problem: _tiles.Problem, **arguments: Any) -> None:
     """Launch on the card of the first tensor, or only note the launch inside `recording`.
 
-    programs: blocks of the grid; warps: of a block; stages: of loads ahead of their use in loops.
+    programs: blocks of the grid; problem: for which `_tiles` has the shape of the launch.
     """
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    warps, stages, _ = shape(problem, kernel.__name__.strip("_"), first.device)
     if _record is not None:
         _record.append(Launch(kernel, programs, warps, stages, arguments))
         return
-    first = next(value for value in arguments.values() if isinstance(value, Tensor))
 
-    def run(shape: _tuning.Shape) -> None:
-        kernel[(programs,)](**arguments, num_warps=shape[0], num_stages=shape[1])
+    def run(chosen: _tuning.Shape) -> None:
+        kernel[(programs,)](**arguments, num_warps=chosen[0], num_stages=chosen[1])
 
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        shape = (warps, stages)
+        chosen = (warps, stages)
         if first.is_cuda and _tuning.wanted():
-            shape = _tuning.best(kernel, programs, arguments, shape, run, first.device)
-        run(shape)
+            chosen = _tuning.best(kernel, programs, arguments, chosen, run, first.device)
+        run(chosen)
 
 
 @contextmanager
-def recording(target: str) -> Iterator[list[Launch]]:
+def recording(architecture: str) -> Iterator[list[Launch]]:
     """Collects launches in place of running them: on meta tensors, what a call would launch on
-    cards of the target, "cuda" or "hip"."""
-    global _record, _target
-    before, _record, _target = _target, [], target
+    cards of this architecture, as "sm_90" or "gfx942"."""
+    global _record, _recorded
+    _record, _recorded = [], architecture
     try:
         yield _record
     finally:
-        _record, _target = None, before
+        _record, _recorded = None, _tiles.DEFAULT
 
 
-def warps(dtype: torch.dtype, crowded: bool) -> int:
-    """Warps for a tile of 64 x 64 scores: 8 where those of 4 would spill, as masks (`crowded`) and
-    float32, which has no matrix instruction, make them. AMD's waves are twice as wide."""
-    return 8 if (crowded or dtype == torch.float32) and _target == "cuda" else 4
+def shape(problem: _tiles.Problem, kernel: str, device: torch.device) -> _tiles.Shape:
+    """What the table has for a kernel on this device."""
+    on_card = device.type == "cuda" and _record is None
+    architecture = _tiles.of_card(device.index) if on_card else _recorded
+    return _tiles.shape(problem, kernel, architecture)
 
 
 def precision(dtype: torch.dtype) -> str:

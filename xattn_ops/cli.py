@@ -74,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     backends = ("triton", "cuda")
     kernels.add_argument("--backend", nargs="+", default=backends, choices=backends)
     kernels.add_argument("--json", action="store_true", help="JSON in place of a table")
+    sweep = "Triton: half and twice the warps too, a stage of loads more or less"
+    kernels.add_argument("--sweep", action="store_true", help=sweep)
     kernels.set_defaults(run=_kernels)
     report = commands.add_parser("report", help="papers and measurements on one HTML page")
     report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
@@ -122,8 +124,8 @@ def _report(args: argparse.Namespace) -> int:
 def _kernels(args: argparse.Namespace) -> int:
     from xattn_ops.kernel_report.command import command
 
-    backends = args.backend
-    return command(args.operators, args.arch, args.dtype, backends, args.json, _console())
+    what = (args.operators, args.arch, args.dtype, args.backend)
+    return command(*what, args.json, args.sweep, _console())
 
 
 def _console() -> Console:

@@ -27,7 +27,6 @@ from .triton_kernels import (
     normed,
     of_head,
     plan,
-    warps,
 )
 
 JOINED = 128  # channels that a program of _join_grads takes
@@ -295,7 +294,8 @@ def clsattn_bwd(
     if not B:
         zeros = (patches.new_zeros(0 if t is None else t.shape) for t in given)
         return (grad_cls, grad_patches, *zeros)  # type: ignore[return-value]
-    call = plan(cls, patches, norm_weight, norm_bias, seed, heads, eps, scale, dropout_p)
+    options = (heads, eps, scale, dropout_p, "backward")
+    call = plan(cls, patches, norm_weight, norm_bias, seed, *options)
     by_weight = by_head(grad_out, heads)  # [heads, B, D]
     dz = torch.bmm(by_weight, of_head(v_weight, heads))  # [heads, B, C]
     keys, grads, pooled, du = (torch.empty_like(dz) for _ in range(4))
@@ -309,14 +309,14 @@ def clsattn_bwd(
     state |= {"v_bias": patches if v_bias is None else v_bias.contiguous()}
     state |= {"BIAS": v_bias is not None, "grad_patches": grad_patches, "grad_cls": grad_cls}
     state |= {"du": du, "grad_tokens": grad_tokens, "norm_sums": norm_sums, "JOINED": JOINED}
-    call.launch(_fold_grads, B * heads, warps=4, **state)
-    call.launch(_backward, B * call.parts, warps=warps(dtype, C), stages=2, **state)
-    call.launch(_join_grads, B * -(-C // JOINED), warps=1, **state)
+    call.launch(_fold_grads, B * heads, **state)
+    call.launch(_backward, B * call.parts, **state)
+    call.launch(_join_grads, B * -(-C // JOINED), **state)
 
     q = head_state[..., : C // heads].to(dtype).transpose(0, 1)  # [heads, B, D]
     dq = torch.bmm(du, of_head(k_weight, heads).mT).transpose(0, 1).reshape(B, C)
     by_query = torch.mm(dq, q_weight)
-    call.launch(_finish, B, warps=4, by_query=by_query, **state)
+    call.launch(_finish, B, by_query=by_query, **state)
     kept = numbers[KEPT.value, ..., None]  # [B, heads, 1]
     values = (grad_out.unflatten(-1, (heads, -1)) * kept).sum(0)  # [heads, D], float32
     of_norm = norm_sums.sum(1)  # [2, C]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 from .._registration import register_triton
 from .._triton import LOG2E, dot, keep_weights_of_one
 
@@ -246,16 +246,15 @@ def _join(
 class Call(NamedTuple):
     """What the kernels of one call take, by the names of their parameters."""
 
+    problem: _tiles.Problem
     arguments: dict[str, Any]
     parts: int
 
-    def launch(
-        self, kernel: Any, programs: int, *, warps: int, stages: int = 1, **more: Any
-    ) -> None:
+    def launch(self, kernel: Any, programs: int, **more: Any) -> None:
         """With those of these arguments, and of more, that the kernel has."""
         given = self.arguments | more
         needed = {name: given[name] for name in kernel.arg_names}
-        _triton.launch(kernel, programs, warps=warps, stages=stages, **needed)
+        _triton.launch(kernel, programs, self.problem, **needed)
 
 
 def chunks(channels: int) -> tuple[int, int]:
@@ -277,6 +276,7 @@ def plan(
     eps: float,
     scale: float,
     dropout_p: float,
+    kernel: str,
 ) -> Call:
     """The sizes, and the parts of the patches: by their numbers alone, never by the card, so that
     sums come out the same everywhere. cls [B, C]."""
@@ -285,6 +285,8 @@ def plan(
     per_part = -(-N // parts)
     parts = -(-N // per_part)
     width, count = chunks(C)
+    problem = _tiles.Problem("clsattn", C, N, patches.dtype)
+    tokens = _triton.shape(problem, kernel, patches.device).edge
     absent = patches  # a pointer that no kernel follows
     arguments = {
         **{"cls": cls, "patches": patches},
@@ -296,18 +298,13 @@ def plan(
         **{"stride_n": patches.stride(1), "eps": eps, "scale": scale},
         **{"HEADS": num_heads, "HEAD_ROWS": _triton.power_of_two(num_heads)},
         **{"D": C // num_heads, "C": C, "BLOCK": _triton.power_of_two(C)},
-        **{"CHUNK": width, "CHUNKS": count, "TOKENS": 32 if C <= 512 else 16, "SPAN": SPAN},
+        **{"CHUNK": width, "CHUNKS": count, "TOKENS": tokens, "SPAN": SPAN},
         **{"NORM": norm_weight is not None, "SHIFT": norm_bias is not None},
         "PRECISION": _triton.precision(patches.dtype),
         "WIDE": N * max(patches.stride(1), C) >= 2**31,
         **_triton.dropout_options(dropout_p),
     }
-    return Call(arguments, parts)
-
-
-def warps(dtype: torch.dtype, channels: int) -> int:
-    """Of the two kernels that read the tokens."""
-    return 8 if channels > 256 or dtype == torch.float32 else 4
+    return Call(problem, arguments, parts)
 
 
 def normed(cls: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Tensor:
@@ -355,7 +352,8 @@ def clsattn_fwd(
     token_state = torch.empty(B, rows, 1 + N, **wide)
     if not B:
         return out, head_state, token_state
-    call = plan(cls, patches, norm_weight, norm_bias, seed, heads, eps, scale, dropout_p)
+    options = (heads, eps, scale, dropout_p, "forward")
+    call = plan(cls, patches, norm_weight, norm_bias, seed, *options)
     q = F.linear(normed(cls, norm_weight, norm_bias, eps), q_weight, q_bias)
     u = torch.bmm(by_head(q, heads), of_head(k_weight, heads))  # [heads, B, C]
     keys, pooled = torch.empty_like(u), torch.empty_like(u)
@@ -364,10 +362,9 @@ def clsattn_fwd(
     part_stats = torch.empty(B, call.parts + 1, heads, 3, **wide)
     state: dict[str, Any] = {"head_state": head_state, "token_state": token_state, "keys": keys}
     state |= {"key_sums": key_sums, "part_sums": part_sums, "part_stats": part_stats}
-    call.launch(_fold, B * heads, warps=4, q=q, u=u, **state)
-    crew = warps(patches.dtype, C)
-    call.launch(_forward, B * call.parts, warps=crew, stages=2, **state)
-    call.launch(_join, B * heads, warps=4, pooled=pooled, shares=shares, **state)
+    call.launch(_fold, B * heads, q=q, u=u, **state)
+    call.launch(_forward, B * call.parts, **state)
+    call.launch(_join, B * heads, pooled=pooled, shares=shares, **state)
     values = of_head(v_weight, heads).mT  # [heads, C, D]
     if v_bias is None:
         result = torch.bmm(pooled, values)

@@ -195,17 +195,17 @@ def convrel_bwd(
         return grad_qkv, *_no_gradients(conv_weight, conv_bias)
     common = call.arguments | {"grad_out": grad_out, "state": state}
     common |= {"grad_context": _grad_context(call, grad_out, state)}
-    taps = spread(conv_weight, conv_bias, windows, channels)
-    warps = _triton.warps(qkv.dtype, False)
+    taps = spread(call.problem, conv_weight, conv_bias, windows, channels)
     sizes = taps.arguments | common | call.bands
     runs = in_runs(sizes)
     results = {"taps": taps.tensor, "grad_qkv": grad_qkv}
-    launch(_backward, runs["programs"], warps, 1, sizes, runs, results)
+    launch(_backward, runs["programs"], call.problem, sizes, runs, results)
     if not windows:
         return grad_qkv, *_no_gradients(conv_weight, conv_bias)
     common |= {"grad": grad_out, "factors": qkv, "values": qkv[..., 2 * call.arguments["C"] :]}
     common |= {"FACTORS": True}
-    return grad_qkv, *weight_gradients(taps, call.cut, common, conv_weight, conv_bias)
+    gradients = weight_gradients(call.problem, taps, call.cut, common, conv_weight, conv_bias)
+    return grad_qkv, *gradients
 
 
 def _grad_context(call: Call, grad_out: Tensor, state: Tensor) -> Tensor:
@@ -215,8 +215,7 @@ def _grad_context(call: Call, grad_out: Tensor, state: Tensor) -> Tensor:
     grad_context = state.new_empty(count, *state.shape[:-1], state.shape[-2])
     sizes = call.arguments | call.heads
     given = {"grad_out": grad_out, "grad_context": grad_context}
-    warps = _triton.warps(grad_out.dtype, False)
-    launch(_backward_context, parts["programs"], warps, 2, sizes, parts, given)
+    launch(_backward_context, parts["programs"], call.problem, sizes, parts, given)
     return grad_context.sum(0) if count > 1 else grad_context[0]
 
 

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 
-COLUMNS = 64  # channels of a band; products of 64 x 64 and a tile of tokens fit 4 warps
 PROGRAMS = 1024  # about as many as fill a large card twice
 TAP_ROWS = 32  # rows of taps that a program spreads
 SUM_ROWS, SHARES = 4, 16  # rows and shares that a program adds at a time
@@ -242,20 +241,25 @@ class Section(NamedTuple):
     tiles: int  # of so many channels that a head takes, where one tile is too small
 
 
-def section(first: int, last: int, window: int, head_dim: int, align: int) -> Section:
-    """Bands of about the same number of whole heads that fit COLUMNS wherever they start."""
+def section(first: int, last: int, window: int, head_dim: int, align: int, edge: int) -> Section:
+    """Bands of about the same number of whole heads that fit edge channels wherever they start."""
     slack = align - math.gcd(head_dim, align)
-    most = max(1, (COLUMNS - slack) // head_dim)
+    most = max(1, (edge - slack) // head_dim)
     bands = -(-(last - first) // most)
     span = -(-(last - first) // bands)
     reach = span * head_dim + slack
-    columns = min(COLUMNS, _triton.power_of_two(reach))
+    columns = min(edge, _triton.power_of_two(reach))
     tiles = -(-reach // columns)
     return Section(first, last, head_dim, window, span, bands, columns, tiles)
 
 
 def sections(
-    num_heads: int, head_dim: int, windows: Sequence[int], channels: Sequence[int], align: int
+    num_heads: int,
+    head_dim: int,
+    windows: Sequence[int],
+    channels: Sequence[int],
+    align: int,
+    edge: int,
 ) -> list[Section]:
     """Runs of heads of one window. A head with several, or in the middle of a group, takes the
     largest: the smaller kernels have zeros around them."""
@@ -267,7 +271,8 @@ def sections(
         first += count
     starts = [h for h in range(num_heads) if h == 0 or largest[h] != largest[h - 1]]
     ends = [*starts[1:], num_heads]
-    return [section(a, b, largest[a], head_dim, align) for a, b in zip(starts, ends, strict=True)]
+    runs = zip(starts, ends, strict=True)
+    return [section(a, b, largest[a], head_dim, align, edge) for a, b in runs]
 
 
 class Taps(NamedTuple):
@@ -279,7 +284,11 @@ class Taps(NamedTuple):
 
 
 def spread(
-    weight: Tensor, bias: Tensor | None, windows: Sequence[int], channels: Sequence[int]
+    problem: _tiles.Problem,
+    weight: Tensor,
+    bias: Tensor | None,
+    windows: Sequence[int],
+    channels: Sequence[int],
 ) -> Taps:
     """Lay out the flat weights and biases of these groups."""
     groups, first, place = [], 0, 0
@@ -299,18 +308,19 @@ def spread(
     if windows:
         given = {"weight": weight, "bias": weight if bias is None else bias, "taps": taps}
         programs = -(-rows // TAP_ROWS) * blocks
-        launch(_spread_taps, programs, 4, 1, arguments, given, {"ROWS": TAP_ROWS})
+        launch(_spread_taps, programs, problem, arguments, given, {"ROWS": TAP_ROWS})
     return Taps(taps, arguments, blocks)
 
 
-def launch(kernel: Any, programs: int, warps: int, stages: int, *given: dict[str, Any]) -> None:
+def launch(kernel: Any, programs: int, problem: _tiles.Problem, *given: dict[str, Any]) -> None:
     """Launch with those of the given arguments that the kernel takes."""
     every = {name: value for arguments in given for name, value in arguments.items()}
     chosen = {name: every[name] for name in kernel.arg_names}
-    _triton.launch(kernel, programs, warps=warps, stages=stages, **chosen)
+    _triton.launch(kernel, programs, problem, **chosen)
 
 
 def weight_gradients(
+    problem: _tiles.Problem,
     taps: Taps,
     cut: Sequence[Section],
     common: dict[str, Any],
@@ -321,7 +331,8 @@ def weight_gradients(
     besides the sizes of a section and of its tiles."""
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(0 if bias is None else bias.shape)
-    cut = [_of_channels(each, common["ALIGN"]) for each in cut]
+    edge = _triton.shape(problem, "weight_shares", weight.device).edge
+    cut = [_of_channels(each, common["ALIGN"], edge) for each in cut]
     pixels = common["B"] * common["H"] * common["W"]
     shares = max(1, min(pixels // 256, PROGRAMS // 2 // sum(each.bands for each in cut)))
     parts = taps.tensor.new_empty(shares, *taps.tensor.shape)
@@ -332,19 +343,19 @@ def weight_gradients(
         sizes = band_arguments([each]) | {"BK": block, "BT": tile, "tiles": tiles}
         sizes |= {"K": each.window, "per_share": -(-common["B"] * tiles // shares), "shares": parts}
         programs = each.window * each.bands * shares
-        launch(_weight_shares, programs, 4, 1, common, taps.arguments, sizes)
+        launch(_weight_shares, programs, problem, common, taps.arguments, sizes)
     programs = -(-taps.tensor.shape[0] // SUM_ROWS) * taps.blocks
     totals = {"grad_weight": grad_weight, "grad_bias": grad_bias, "shares": parts, "count": shares}
     sizes = {"SHARES": SHARES, "ROWS": SUM_ROWS}
-    launch(_sum_shares, programs, 4, 1, taps.arguments, totals, sizes)
+    launch(_sum_shares, programs, problem, taps.arguments, totals, sizes)
     return grad_weight, grad_bias
 
 
-def _of_channels(each: Section, align: int) -> Section:
+def _of_channels(each: Section, align: int, edge: int) -> Section:
     """The same channels in bands that need not hold whole heads."""
     first, last = each.first * each.head_dim, each.last * each.head_dim
     unit = math.gcd(align, first, last)
-    return section(first // unit, last // unit, each.window, unit, align)
+    return section(first // unit, last // unit, each.window, unit, align, edge)
 
 
 def band_arguments(cut: Sequence[Section]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 from .._registration import register_triton
 from .triton_convolution import (
     Section,
@@ -70,9 +70,9 @@ def _plan(
     bias: Tensor | None,
     grid: tuple[int, int],
     num_prefix_tokens: int,
-) -> tuple[dict[str, Any], Section, Taps]:
-    """The sizes, the bands of channels, and the weights as kernels read them; other: a second
-    tensor of tokens."""
+) -> tuple[_tiles.Problem, dict[str, Any], Section, Taps]:
+    """What the table of tiles knows of a call, the sizes, the bands of channels, and the weights as
+    kernels read them; other: a second tensor of tokens."""
     B, N, C = x.shape
     strides = x.stride()[:2] + (() if other is None else other.stride()[:2])
     sizes = alignment(C, *strides)
@@ -84,17 +84,26 @@ def _plan(
         "WIDE": N * max(C, *strides[1::2]) >= 2**31,
     }
     vector, window = sizes["ALIGN"], weight.shape[-1]
-    bands = section(0, C // vector, window, vector, vector)  # of any whole vectors
-    return arguments, bands, spread(weight.contiguous(), bias, [window], [C])
+    problem = _tiles.Problem("convpos", C, N, x.dtype)
+    edge = _triton.shape(problem, "add_convolution", x.device).edge
+    bands = section(0, C // vector, window, vector, vector, edge)  # of any whole vectors
+    return problem, arguments, bands, spread(problem, weight.contiguous(), bias, [window], [C])
 
 
-def _launch(x: Tensor, sizes: dict[str, Any], bands: Section, taps: Taps, flip: bool) -> Tensor:
+def _launch(
+    x: Tensor,
+    problem: _tiles.Problem,
+    sizes: dict[str, Any],
+    bands: Section,
+    taps: Taps,
+    flip: bool,
+) -> Tensor:
     """x plus its convolution."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments = taps.arguments | sizes | band_arguments([bands])
     runs = in_runs(arguments)
     given = {"x": x, "taps": taps.tensor, "out": out, "FLIP": flip}
-    launch(_add_convolution, runs["programs"], 4, 1, arguments, runs, given)
+    launch(_add_convolution, runs["programs"], problem, arguments, runs, given)
     return out
 
 
@@ -110,8 +119,8 @@ def convpos_fwd(
     if not x.numel():
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     x = _triton.dense(x)
-    sizes, bands, taps = _plan(x, None, weight, bias, (grid_h, grid_w), num_prefix_tokens)
-    return _launch(x, sizes, bands, taps, flip=False)
+    planned = _plan(x, None, weight, bias, (grid_h, grid_w), num_prefix_tokens)
+    return _launch(x, *planned, flip=False)
 
 
 def convpos_bwd(
@@ -129,11 +138,11 @@ def convpos_bwd(
         return torch.empty_like(x), torch.zeros_like(weight), grad_bias
     grad_out, x = _triton.dense(grad_out), _triton.dense(x)
     grid = (grid_h, grid_w)
-    sizes, bands, taps = _plan(x, grad_out, weight, bias, grid, num_prefix_tokens)
+    problem, sizes, bands, taps = _plan(x, grad_out, weight, bias, grid, num_prefix_tokens)
     strides = {"stride_b": sizes["grad_stride_b"], "stride_n": sizes["grad_stride_n"]}
-    grad_x = _launch(grad_out, sizes | strides, bands, taps, flip=True)
+    grad_x = _launch(grad_out, problem, sizes | strides, bands, taps, flip=True)
     common = sizes | {"grad": grad_out, "factors": x, "values": x, "FACTORS": False}
-    return grad_x, *weight_gradients(taps, [bands], common, weight, bias)
+    return grad_x, *weight_gradients(problem, taps, [bands], common, weight, bias)
 
 
 register_triton("convpos_fwd", convpos_fwd)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 from .._registration import register_triton
 from .._triton import LOG2E, dot
 from .triton_convolution import (
@@ -185,6 +185,7 @@ def _forward(
 class Call(NamedTuple):
     """What the kernels of one call take, by the names of their parameters."""
 
+    problem: _tiles.Problem
     arguments: dict[str, Any]
     heads: dict[str, Any]  # bands of all heads, whatever their convolutions
     bands: dict[str, Any]  # bands of heads of one window
@@ -225,10 +226,12 @@ def plan(
         "EDGES": head_dim % sizes["ALIGN"] != 0,
         "WIDE": N * max(C3, *strides[1::2]) >= 2**31,
     }
-    align = sizes["ALIGN"]
-    heads = band_arguments([section(0, num_heads, 0, head_dim, align)])
-    cut = sections(num_heads, head_dim, windows, channels, align)
-    return Call(arguments, heads, band_arguments(cut), cut)
+    problem = _tiles.Problem("convrel", head_dim, N, qkv.dtype)
+    kernel = "forward" if grad_out is None else "backward"
+    fit = (sizes["ALIGN"], _triton.shape(problem, kernel, qkv.device).edge)
+    heads = band_arguments([section(0, num_heads, 0, head_dim, *fit)])
+    cut = sections(num_heads, head_dim, windows, channels, *fit)
+    return Call(problem, arguments, heads, band_arguments(cut), cut)
 
 
 def convrel_fwd(
@@ -255,12 +258,11 @@ def convrel_fwd(
     if not out.numel():
         return out, state
     _launch_context(call, state)
-    taps = spread(conv_weight, conv_bias, windows, channels)
+    taps = spread(call.problem, conv_weight, conv_bias, windows, channels)
     sizes = taps.arguments | call.arguments | call.bands
     runs = in_runs(sizes)
     results = {"taps": taps.tensor, "state": state, "out": out}
-    warps = _triton.warps(qkv.dtype, False)
-    launch(_forward, runs["programs"], warps, 1, sizes, runs, results)
+    launch(_forward, runs["programs"], call.problem, sizes, runs, results)
     return out, state
 
 
@@ -271,13 +273,12 @@ def _launch_context(call: Call, state: Tensor) -> None:
     shares = state if count == 1 else state.new_empty(count, *state.shape)
     sizes = call.arguments | call.heads
     given = {"state": shares, "WHOLE": count == 1}
-    warps = _triton.warps(call.arguments["qkv"].dtype, False)
-    launch(_forward_context, parts["programs"], warps, 2, sizes, parts, given)
+    launch(_forward_context, parts["programs"], call.problem, sizes, parts, given)
     if count > 1:
         rows, D = state.numel() // state.shape[-1], state.shape[-2]
         block = max(1, min(STATE_ROWS, 4096 // _triton.power_of_two(D)))
         given = {"shares": shares, "rows": rows, "BD": _triton.power_of_two(D), "BLOCK": block}
-        launch(_combine, -(-rows // block), 4, 1, sizes, parts, given, {"state": state})
+        launch(_combine, -(-rows // block), call.problem, sizes, parts, given, {"state": state})
 
 
 register_triton("convrel_fwd", convrel_fwd)

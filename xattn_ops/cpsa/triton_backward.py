@@ -6,10 +6,11 @@ W the softmax of s Y X^T, dO the gradient of the result:
   dX = dS^T Y + dY A^T + U B^T           dA = X^T dY   da = sum dY        dB = X^T U     db = sum dO
 and the gradients of the four weights follow from dA, da, dB, db. Of a single token W is 1.
 
-Up to 16 tokens are taken from the map: 9 and more as in the forward, fewer as one matrix of 32
-rows. More do not fit the registers as a matrix a warp: they are copied into rows first, from which
-all warps take one matrix. float32 has matrix instructions only as tf32; without them these kernels
-would live in local memory, and the direct form serves.
+Up to 8 tokens are taken from the map, as one matrix of 32 rows; up to 16 as in the forward, a
+matrix a warp, where the registers of the architecture hold it. More, or elsewhere, they are copied
+into rows first, from which all warps take one matrix, of as many rows as `_tiles` says. float32 has
+matrix instructions only as tf32; without them these kernels would live in local memory, and the
+direct form serves.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from .triton_planes import (
     is_wide,
     per_row,
     pixels_of,
+    problem,
     strides,
     to_map,
     to_planes,
     transposed,
 )
 
-LARGEST_TILE = 64  # tokens
 FEW_ROWS = 32  # of the matrix that channels of few tokens share; more would spill on sm_80
 PROGRAMS = 512  # each stores a share of the gradients of A and B
 
@@ -229,19 +230,20 @@ class Cut(NamedTuple):
     PLANES: bool
 
 
-def _cut(tokens: int, dtype: torch.dtype) -> Cut | None:
+def _cut(patches: Patches, x: Tensor) -> Cut | None:
     """None where `triton_direct` is to serve."""
+    tokens, dtype = patches.tokens, x.dtype
     short = dtype.itemsize == 2
-    most = LARGEST_TILE if short else LARGEST_TILE // 2  # what shared memory of 99 KiB holds
+    edge = _triton.shape(problem(patches, x), "backward", x.device).edge
     multiplies = short or _triton.precision(dtype) == "tf32"
-    if tokens > most or not (multiplies or tokens == 1):
+    if tokens > edge or not (multiplies or tokens == 1):
         return None
-    if tokens > ROWS:
-        return Cut(most // tokens, most, tokens, 1, True)
     of = tile(tokens, dtype)
-    if of.queries == ROWS and short:
+    if tokens <= ROWS // 2 or (tokens <= ROWS and not short):
+        return Cut(FEW_ROWS // of.queries, of.queries, of.queries, 1, False)
+    if edge == ROWS:
         return Cut(of.channels, ROWS, ROWS, of.matrices, False)
-    return Cut(FEW_ROWS // of.queries, of.queries, of.queries, 1, False)
+    return Cut(edge // tokens, edge, tokens, 1, True)
 
 
 def _absorbed(
@@ -263,7 +265,7 @@ def _absorbed(
         x, grad_out = to_planes(x, patches, BP), to_planes(grad_out, patches, BP)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     arguments |= {"x": x, "grad_out": grad_out, "grad_x": grad_x, "sums": sums}
-    _triton.launch(_backward, programs, warps=_triton.warps(x.dtype, True), **arguments)
+    _triton.launch(_backward, programs, problem(patches, x), **arguments)
     return to_map(grad_x, patches) if cut.PLANES else grad_x, sums.sum(0)
 
 
@@ -285,7 +287,7 @@ def cpsa_bwd(
     grad_out, x = _triton.dense(grad_out), _triton.dense(x)
     patches = Patches(patch_h, patch_w, *x.shape)
     weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-    cut = _cut(patches.tokens, x.dtype) if absorbs(patches, num_heads, dropout_p) else None
+    cut = _cut(patches, x) if absorbs(patches, num_heads, dropout_p) else None
     if x.numel() and cut is None:
         return triton_direct.backward(
             grad_out, x, weights, seed, patches, num_heads, scale, dropout_p
@@ -300,7 +302,7 @@ def cpsa_bwd(
         grad_x, sums = _absorbed(grad_out, x, forms, patches, scale, cut)
         arguments = weight_arguments(*weights) | grads
         arguments |= {"P": patches.pixels, "BP": _triton.power_of_two(patches.pixels), "sums": sums}
-        _triton.launch(_chain, 4, warps=16, **arguments)
+        _triton.launch(_chain, 4, problem(patches, x), **arguments)
     grad_qkv_weight, grad_qkv_bias, grad_proj_weight, grad_proj_bias = grads.values()
     return grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj_weight, grad_proj_bias
 

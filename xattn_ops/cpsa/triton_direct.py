@@ -17,9 +17,8 @@ from torch import Tensor
 
 from .. import _triton
 from .._triton import LOG2E, dot, keep_weights
-from .triton_planes import Patches, per_row, to_map, to_planes, transposed
+from .triton_planes import Patches, per_row, problem, to_map, to_planes, transposed
 
-LARGEST_TILE = 64  # tokens; scores of 64 x 64 and their gradient fit the registers of 8 warps
 LONGEST_HEAD = 64  # values of a head in registers at a time
 FEW_TOKENS = 16  # up to which a matrix is one warp's, so that a program takes several
 MATRICES = 8
@@ -285,10 +284,12 @@ def _arguments(
     patches: Patches,
     scale: float,
     dropout_p: float,
+    kernel: str,
 ) -> tuple[int, dict[str, Any]]:
     """The number of programs, and what all kernels of one call take."""
     T, D, heads = patches.tokens, weights.head_length, weights.heads
-    tile = min(LARGEST_TILE, _triton.power_of_two(T))
+    edge = _triton.shape(problem(patches, qkv), kernel, qkv.device).edge
+    tile = min(edge, _triton.power_of_two(T))
     block = min(LONGEST_HEAD, _triton.power_of_two(D))
     tiles, parts = -(-T // tile), -(-D // block)
     matrices = MATRICES if T <= FEW_TOKENS else 1
@@ -302,11 +303,10 @@ def _arguments(
     return -(-units // matrices) * tiles * parts, arguments
 
 
-def _attend(qkv: Tensor, programs: int, arguments: dict[str, Any]) -> Tensor:
+def _attend(qkv: Tensor, patches: Patches, programs: int, arguments: dict[str, Any]) -> Tensor:
     """The heads' results side by side."""
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-    warps = _triton.warps(qkv.dtype, True)
-    _triton.launch(_forward_heads, programs, warps=warps, stages=2, out=out, **arguments)
+    _triton.launch(_forward_heads, programs, problem(patches, qkv), out=out, **arguments)
     return out
 
 
@@ -323,7 +323,8 @@ def forward(
     filled = _Weights(*weights, num_heads)
     rows = to_planes(x, patches, filled.length)
     qkv = F.linear(rows, filled.qkv, filled.qkv_bias)
-    result = _attend(qkv, *_arguments(qkv, filled, seed, patches, scale, dropout_p))
+    options = (seed, patches, scale, dropout_p, "forward_heads")
+    result = _attend(qkv, patches, *_arguments(qkv, filled, *options))
     return to_map(F.linear(result, filled.proj, filled.proj_bias), patches)
 
 
@@ -341,16 +342,16 @@ def backward(
     filled = _Weights(*weights, num_heads)
     rows, grad_rows = (to_planes(t, patches, filled.length) for t in (x, grad_out))
     qkv = F.linear(rows, filled.qkv, filled.qkv_bias)
-    programs, arguments = _arguments(qkv, filled, seed, patches, scale, dropout_p)
-    grad_proj = grad_rows.mT @ _attend(qkv, programs, arguments)
+    options = (seed, patches, scale, dropout_p, "backward_rows")
+    programs, arguments = _arguments(qkv, filled, *options)
+    grad_proj = grad_rows.mT @ _attend(qkv, patches, programs, arguments)
     grad_result, grad_qkv = grad_rows @ filled.proj, torch.empty_like(qkv)
     slots = arguments["tiles"] * arguments["BT"]
     wide: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     statistics = torch.empty(2, arguments["units"], slots, **wide)
     arguments |= {"grad_out": grad_result, "grad_qkv": grad_qkv, "statistics": statistics}
-    warps = _triton.warps(x.dtype, True)
-    _triton.launch(_backward_rows, programs, warps=warps, stages=2, **arguments)
-    _triton.launch(_backward_columns, programs, warps=warps, stages=2, **arguments)
+    for kernel in (_backward_rows, _backward_columns):
+        _triton.launch(kernel, programs, problem(patches, qkv), **arguments)
     grad_x = to_map(grad_qkv @ filled.qkv, patches)
     sums = (grad_qkv.mT @ rows, grad_qkv.sum(0), grad_proj, grad_rows.sum(0))
     return grad_x, *filled.gradients(*sums)

@@ -23,7 +23,7 @@ from .. import _triton
 from .._registration import register_triton
 from .._triton import LOG2E, dot
 from . import triton_direct
-from .triton_planes import Patches, is_wide, pixels_of, strides
+from .triton_planes import Patches, is_wide, pixels_of, problem, strides
 
 LARGEST_PATCH = 64  # pixels; A and B then stay on the chip
 ROWS = 16  # of a matrix of few tokens: as many as a matrix instruction takes
@@ -187,7 +187,8 @@ def absorbed(
     result: dict[str, Any] = {"query": x.new_empty(BP, BP), "result": x.new_empty(BP, BP)}
     result |= {name: torch.empty(BP, **wide) for name in ("query_bias", "result_bias")}
     weights = weight_arguments(qkv_weight, qkv_bias, proj_weight, proj_bias)
-    _triton.launch(_absorb, 2, warps=4, P=patches.pixels, BP=BP, **weights, **result)
+    sizes = {"P": patches.pixels, "BP": BP}
+    _triton.launch(_absorb, 2, problem(patches, x), **sizes, **weights, **result)
     return result
 
 
@@ -244,10 +245,7 @@ def cpsa_fwd(
     arguments |= {"RAGGED": patches.C % cut.channels > 0, "WIDE": is_wide(patches, x)}
     arguments |= {"PRECISION": _triton.precision(x.dtype)}
     programs = groups * -(-query_tiles // per_program) * patches.B
-    warps = _triton.warps(x.dtype, True)
-    if x.dtype == torch.float32 and arguments["PRECISION"] == "ieee" and key_tiles == 1:
-        warps *= 2  # lest they spill
-    _triton.launch(_forward, programs, warps=warps, x=x, out=out, **arguments)
+    _triton.launch(_forward, programs, problem(patches, x), x=x, out=out, **arguments)
     return out
 
 

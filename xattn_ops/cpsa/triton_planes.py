@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 
 TOKENS = 8  # of each channel that a program moves
 
@@ -49,6 +49,11 @@ class Patches(NamedTuple):
         sizes = {"H": self.H, "W": self.W, "C": self.C, "T": self.tokens}
         sizes |= {"patches_x": self.columns, "PH": self.height, "PW": self.width}
         return sizes | {"BP": _triton.power_of_two(self.pixels), "PADDED": self.padded}
+
+
+def problem(patches: Patches, like: Tensor) -> _tiles.Problem:
+    """What the table of tiles knows of a call on maps like this one."""
+    return _tiles.Problem("cpsa", patches.pixels, patches.tokens, like.dtype)
 
 
 def strides(tensor: Tensor, prefix: str = "") -> dict[str, int]:
@@ -137,7 +142,7 @@ def _launch(map: Tensor, planes: Tensor, patches: Patches, gather: bool) -> None
     arguments |= {"RAGGED": patches.C % channels > 0, "WIDE": is_wide(patches, map)}
     arguments |= {"LENGTH": planes.shape[1], "GATHER": gather}
     programs = groups * tiles * patches.B
-    _triton.launch(_move, programs, warps=4, map=map, planes=planes, **arguments)
+    _triton.launch(_move, programs, problem(patches, map), map=map, planes=planes, **arguments)
 
 
 def to_planes(map: Tensor, patches: Patches, length: int) -> Tensor:

@@ -16,13 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 from .._registration import register_triton
 from .._triton import LOG2E, dot, keep_weights
-from .triton_kernels import _rows, _scores, arguments
+from .triton_kernels import _rows, _scores, arguments, problem
 
 IMAGES = 32  # at most as many shares of the table's gradient
-TILE = 64  # tokens of a band in its kernel
 ROWS = 8  # at most, of a band
 
 
@@ -346,7 +345,7 @@ def digest_bwd(
     if qkv.numel():
         given = arguments(
             qkv, digest_kv, bias_table, digest_bias, row_stats, seed, num_heads, (grid_h, grid_w),
-            num_prefix_tokens, scale, dropout_p,
+            num_prefix_tokens, scale, dropout_p, "backward_rows",
         )  # fmt: skip
         deltas = torch.empty_like(row_stats)
         strides = {"grad_stride_b": grad_out.stride(0), "grad_stride_n": grad_out.stride(1)}
@@ -365,9 +364,8 @@ def _launch(
     """All kernels of a call with tokens; the gradients are written in place."""
     B, heads, M = grad_qkv.shape[0], given["HEADS"], given["digests"]
 
-    def launch(kernel: Any, programs: int, crowded: bool = False, **more: Any) -> None:
-        warps = _triton.warps(grad_qkv.dtype, crowded or given["BD"] > 64)
-        _triton.launch(kernel, programs, warps=warps, stages=2, **given, **more)
+    def launch(kernel: Any, programs: int, **more: Any) -> None:
+        _triton.launch(kernel, programs, problem(grad_qkv, heads), **given, **more)
 
     launch(_backward_rows, B * given["query_tiles"] * heads, grad_qkv=grad_qkv)
     digest_sums = torch.empty(B, heads, M, dtype=torch.float32, device=grad_qkv.device)
@@ -379,28 +377,31 @@ def _launch(
     if given["HAS_DIGEST_BIAS"] and M:
         grad_digest_bias.copy_(digest_sums.sum(0))
     if given["HAS_TABLE"]:
-        _launch_table(launch, given, grad_table, B)
+        _launch_table(launch, given, grad_table, problem(grad_qkv, heads), B)
 
 
-def _launch_table(launch: Any, given: dict[str, Any], grad_table: Tensor, batch: int) -> None:
+def _launch_table(
+    launch: Any, given: dict[str, Any], grad_table: Tensor, of: _tiles.Problem, batch: int
+) -> None:
     """The gradient of the relative table [heads, grid_h * grid_w]."""
     heads, grid_w = grad_table.shape[0], given["grid_w"]
     grid_h = grad_table.shape[1] // grid_w
-    rows = max(1, min(TILE // grid_w, ROWS, grid_h))
+    edge = _triton.shape(of, "backward_table", grad_table.device).edge  # tokens of a band
+    rows = max(1, min(edge // grid_w, ROWS, grid_h))
     bands = -(-grid_h // rows)
     per_program = -(-batch // min(batch, IMAGES))
     shares = -(-batch // per_program)
     shape = (shares, heads, bands, bands, 2 * rows - 1, grid_w)
     sums = torch.empty(shape, dtype=torch.float32, device=grad_table.device)
     sizes = {"bands": bands, "ROWS": rows, "BW": _triton.power_of_two(grid_w)}
-    tile = min(TILE, _triton.power_of_two(rows * grid_w))
+    tile = min(edge, _triton.power_of_two(rows * grid_w))
     programs = shares * heads * bands * bands
     more = {"batch": batch, "per_program": per_program, "BT": tile, "table_sums": sums}
-    launch(_backward_table, programs, crowded=True, **more, **sizes)
+    launch(_backward_table, programs, **more, **sizes)
     sizes |= {"shares": shares, "grid_h": grid_h, "grid_w": grid_w, "HEADS": heads}
     sizes["BANDS"] = triton.next_power_of_2(bands)
     tables: dict[str, Any] = {"table_sums": sums, "grad_table": grad_table}
-    _triton.launch(_sum_table, heads * grid_h, **tables, **sizes)
+    _triton.launch(_sum_table, heads * grid_h, of, **tables, **sizes)
 
 
 register_triton("digest_bwd", digest_bwd)

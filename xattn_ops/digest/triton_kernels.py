@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 from .._registration import register_triton
 from .._triton import LOG2E, dot, keep_weights
-
-QUERIES, KEYS = 64, 32  # of a tile; 64 x 64 scores and the indices of their bias would spill
 
 
 @triton.jit
@@ -126,6 +124,11 @@ def _forward(
     tl.store(stats + 1, weight, mask=i < tokens)
 
 
+def problem(qkv: Tensor, num_heads: int) -> _tiles.Problem:
+    """What the table of tiles knows of a call."""
+    return _tiles.Problem("digest", qkv.shape[2] // 3 // num_heads, qkv.shape[1], qkv.dtype)
+
+
 def arguments(
     qkv: Tensor,
     digest_kv: Tensor | None,
@@ -138,12 +141,15 @@ def arguments(
     num_prefix_tokens: int,
     scale: float,
     dropout_p: float,
+    kernel: str,
 ) -> dict[str, Any]:
     """What every kernel of one call takes, by the names of its parameters."""
     N, head_dim = qkv.shape[1], qkv.shape[2] // 3 // num_heads
     digests = 0 if digest_kv is None else digest_kv.shape[1]
     absent = qkv  # a pointer that no kernel follows
     kv = absent if digest_kv is None else digest_kv
+    # Half as many keys as queries: 64 x 64 scores and the indices of their bias would spill.
+    queries = _triton.shape(problem(qkv, num_heads), kernel, qkv.device).edge
     return {
         "qkv": qkv,
         "digest_kv": kv,
@@ -154,8 +160,8 @@ def arguments(
         **{"stride_b": qkv.stride(0), "stride_n": qkv.stride(1)},
         **{"digest_stride_b": kv.stride(0), "digest_stride_n": kv.stride(1)},
         **{"tokens": N, "digests": digests, "prefix": num_prefix_tokens},
-        **{"grid_w": grid[1], "patches": grid[0] * grid[1], "query_tiles": -(-N // QUERIES)},
-        **{"scale": scale, "HEADS": num_heads, "D": head_dim, "BQ": QUERIES, "BK": KEYS},
+        **{"grid_w": grid[1], "patches": grid[0] * grid[1], "query_tiles": -(-N // queries)},
+        **{"scale": scale, "HEADS": num_heads, "D": head_dim, "BQ": queries, "BK": queries // 2},
         "BD": _triton.power_of_two(head_dim),
         **{"HAS_TABLE": bias_table is not None, "HAS_DIGESTS": digests > 0},
         "HAS_DIGEST_BIAS": digest_bias is not None,
@@ -186,11 +192,10 @@ def digest_fwd(
     if out.numel():
         given = arguments(
             qkv, digest_kv, bias_table, digest_bias, row_stats, seed, num_heads, (grid_h, grid_w),
-            num_prefix_tokens, scale, dropout_p,
+            num_prefix_tokens, scale, dropout_p, "forward",
         )  # fmt: skip
         programs = B * given["query_tiles"] * num_heads
-        warps = _triton.warps(qkv.dtype, given["BD"] > 64)
-        _triton.launch(_forward, programs, warps=warps, stages=2, out=out, **given)
+        _triton.launch(_forward, programs, problem(qkv, num_heads), out=out, **given)
     return out, row_stats
 
 

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 from .._registration import register_triton
 
 CHANNELS = 64  # lines of 128 bytes of bfloat16
-COLUMNS = 32  # at most, of a tile
 SHARES = 64  # at most, of a weight's gradient
 
 
@@ -29,7 +28,7 @@ def _convolve(
 ):  # fmt: skip
     """Outputs [BX, BC] at the columns ox of the row y; weight [K, K, C]."""
     total = tl.zeros((BX, BC), tl.float32)
-    for ky in tl.static_range(K):
+    for ky in range(K):
         iy = y * STRIDE + ky - K // 2
         for kx in tl.static_range(K):
             ix = ox * STRIDE + kx - K // 2
@@ -93,7 +92,7 @@ def _scatter(
 ):  # fmt: skip
     """total [BX, BC] plus what the inputs at the columns x of the row y get from the outputs
     [rows, columns] of a convolution."""
-    for ky in tl.static_range(K):
+    for ky in range(K):
         oy = y + K // 2 - ky  # times STRIDE
         row = (oy >= 0) & (oy < rows * STRIDE) & (oy % STRIDE == 0)
         for kx in tl.static_range(K):
@@ -190,19 +189,25 @@ def _sizes(
 ) -> dict[str, Any]:
     """What all kernels take; without a merge the digests have no rows."""
     (rows, columns), C = grid, x.shape[2]
+    tile = _tile(x, columns)
     merged = (0, 0) if merge_weight is None else (-(-rows // stride), -(-columns // stride))
     return {
         **{"prefix": prefix, "rows": rows, "columns": columns, "C": C},
         **{"merged_rows": merged[0], "merged_columns": merged[1]},
         "channel_tiles": -(-C // CHANNELS),
         "KM": 1 if merge_weight is None else merge_weight.shape[-1],
-        **{"STRIDE": stride, "BX": _tile(columns), "BC": CHANNELS},
-        "row_tiles": -(-columns // _tile(columns)),
+        **{"STRIDE": stride, "BX": tile, "BC": CHANNELS},
+        "row_tiles": -(-columns // tile),
     }
 
 
-def _tile(columns: int) -> int:
-    return min(COLUMNS, _triton.power_of_two(columns, 4))
+def _problem(x: Tensor) -> _tiles.Problem:
+    return _tiles.Problem("merge", x.shape[2], x.shape[1], x.dtype)
+
+
+def _tile(x: Tensor, columns: int) -> int:
+    edge = _triton.shape(_problem(x), "merge_and_enhance", x.device).edge
+    return min(edge, _triton.power_of_two(columns, 4))
 
 
 def merge_fwd(
@@ -224,7 +229,7 @@ def merge_fwd(
     if not x.numel():
         return digests, enhanced
     enhanced[:, :num_prefix_tokens] = x[:, :num_prefix_tokens]
-    tile = _tile(max(1, sizes["merged_columns"]))
+    tile = _tile(x, max(1, sizes["merged_columns"]))
     tiles = -(-sizes["merged_columns"] // tile)
     each = grid_h * sizes["row_tiles"] + sizes["merged_rows"] * tiles
     tensors: dict[str, Any] = {
@@ -236,7 +241,7 @@ def merge_fwd(
         **{"stride_b": x.stride(0), "stride_n": x.stride(1)},
     }
     _triton.launch(
-        _merge_and_enhance, B * each * sizes["channel_tiles"], warps=2, **tensors, **sizes,
+        _merge_and_enhance, B * each * sizes["channel_tiles"], _problem(x), **tensors, **sizes,
         merged_tiles=tiles, images=B, KE=enhance_weight.shape[-1], BM=tile,
         HAS_BIAS=enhance_bias is not None,
     )  # fmt: skip
@@ -283,7 +288,7 @@ def merge_bwd(
     }
     _triton.launch(
         _input_gradient, x.shape[0] * grid_h * sizes["row_tiles"] * sizes["channel_tiles"],
-        warps=4, stages=1, **tensors, **sizes, KE=enhance_weight.shape[-1],
+        _problem(x), **tensors, **sizes, KE=enhance_weight.shape[-1],
         MERGED=grad_digests is not None, ENHANCED=grad_enhanced is not None,
     )  # fmt: skip
     if grad_digests is not None and merge_weight is not None:
@@ -319,10 +324,10 @@ def _weight_gradient(
         **{name: sizes[name] for name in ("prefix", "rows", "columns", "C", "channel_tiles", "BC")},
     }
     _triton.launch(
-        _weight_shares, shares * K * sizes["channel_tiles"], warps=4, stages=1, **tensors,
+        _weight_shares, shares * K * sizes["channel_tiles"], _problem(x), **tensors,
         grad_prefix=grad_prefix, out_rows=outs[0], out_columns=outs[1], all_rows=rows,
         per_program=per_program, K=K, KB=triton.next_power_of_2(K), STRIDE=stride,
-        BX=_tile(outs[1]), HAS_BIAS=True,
+        BX=_tile(x, outs[1]), HAS_BIAS=True,
     )  # fmt: skip
     grad_weight = weight_sums.sum(0).permute(2, 0, 1)[:, None].to(weight.dtype).contiguous()
     return grad_weight, bias_sums.sum(0).to(weight.dtype)

@@ -354,7 +354,8 @@ def ipsa_bwd(
     """Gradients of qkv, bias_table and pad_qkv (empty where the argument is None)."""
     grad_out, qkv = _triton.dense(grad_out), _triton.dense(qkv)
     window, shift = (window_h, window_w), (shift_h, shift_w)
-    call = plan(qkv, bias_table, pad_qkv, seed, num_heads, window, shift, scale, dropout_p)
+    options = (num_heads, window, shift, scale, dropout_p)
+    call = plan(qkv, bias_table, pad_qkv, seed, *options, "backward")
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     grad_table = qkv.new_zeros(0 if bias_table is None else bias_table.shape)
     grad_pad = qkv.new_zeros(0 if pad_qkv is None else pad_qkv.shape)
@@ -371,7 +372,7 @@ def ipsa_bwd(
         sizes |= {"groups": call.groups, "BLOCK": _triton.power_of_two(edge), "ROWS": ROWS}
         programs = num_heads * -(-bias_table.shape[0] // ROWS)
         tables: dict[str, Any] = {"bias_sums": bias_sums, "grad_table": grad_table}
-        _triton.launch(_sum_bias, programs, warps=4, **tables, **sizes)
+        _triton.launch(_sum_bias, programs, call.problem, **tables, **sizes)
     if pad_qkv is not None:  # the query of a padding token is cropped: its gradient stays zero
         sums = pad_sums.sum(0)[..., : call.arguments["D"]]  # [heads, 2, D]
         grad_pad[pad_qkv.numel() // 3 :] = sums.transpose(0, 1).reshape(-1)
@@ -386,11 +387,9 @@ def _launch(
     arguments = call.arguments | dict(zip(names, grad_out.stride(), strict=False))
     arguments |= {"grad_out": grad_out}
     heads, tiles = arguments["HEADS"], call.tiles
-    crowded = tiles > 1 or arguments["SHIFTED"] or arguments["HAS_PAD"]
-    warps = _triton.warps(grad_qkv.dtype, crowded)
 
     def launch(kernel: Any, programs: int, **outputs: Tensor) -> None:
-        _triton.launch(kernel, programs, warps=warps, stages=2, **arguments, **outputs)
+        _triton.launch(kernel, programs, call.problem, **arguments, **outputs)
 
     programs = call.groups * tiles * heads
     if tiles == 1:

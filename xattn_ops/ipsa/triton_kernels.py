@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from .. import _tiles, _triton
 from .._registration import register_triton
 from .._triton import LOG2E, dot, keep_weights
 
-LARGEST_TILE = 64  # tokens; scores of 64 x 64 and their gradient fit the registers of 4 warps
 ROWS = 16  # of the bias, or of its bins, that a program expands or sums
 PROGRAMS = 1024  # about as many as fill a large card twice
 
@@ -169,6 +168,7 @@ def _forward(
 class Call(NamedTuple):
     """What every kernel of one call takes, by the names of its parameters."""
 
+    problem: _tiles.Problem
     arguments: dict[str, Any]
     groups: int  # runs of windows
     tiles: int
@@ -185,6 +185,7 @@ def plan(
     shift: tuple[int, int],
     scale: float,
     dropout_p: float,
+    kernel: str,
 ) -> Call:
     """The sizes, and how the windows are cut into runs: by their number alone, never by the card,
     so that sums come out the same everywhere."""
@@ -192,7 +193,11 @@ def plan(
     head_dim, tokens = C3 // 3 // num_heads, wh * ww
     windows_y, windows_x = -(-H // wh), -(-W // ww)
     windows = B * windows_y * windows_x
-    tile = min(LARGEST_TILE, _triton.power_of_two(tokens))
+    forms = {"shifted": any(shift), "padded": pad_qkv is not None}
+    form = "+".join(name for name, there in forms.items() if there)
+    problem = _tiles.Problem("ipsa", head_dim, tokens, qkv.dtype, form)
+    edge = _triton.shape(problem, kernel, qkv.device).edge
+    tile = min(edge, _triton.power_of_two(tokens))
     tiles = -(-tokens // tile)
     runs = max(1, min(windows // 4, PROGRAMS // (num_heads * tiles)))
     per_program = -(-windows // runs) if windows else 1
@@ -201,7 +206,7 @@ def plan(
         "qkv": qkv,
         "bias": absent
         if bias_table is None
-        else _expanded(bias_table, num_heads, window, tiles * tile),
+        else _expanded(bias_table, num_heads, window, tiles * tile, problem),
         "pad": absent if pad_qkv is None else pad_qkv.contiguous(),
         "seed": absent if seed is None else seed,
         **dict(zip(("stride_b", "stride_y", "stride_x"), qkv.stride(), strict=False)),
@@ -214,15 +219,17 @@ def plan(
         "PRECISION": _triton.precision(qkv.dtype),
         **_triton.dropout_options(dropout_p),
     }
-    return Call(arguments, -(-windows // per_program), tiles, tile)
+    return Call(problem, arguments, -(-windows // per_program), tiles, tile)
 
 
-def _expanded(table: Tensor, num_heads: int, window: tuple[int, int], edge: int) -> Tensor:
+def _expanded(
+    table: Tensor, num_heads: int, window: tuple[int, int], edge: int, problem: _tiles.Problem
+) -> Tensor:
     bias = torch.empty(num_heads, edge, edge, dtype=torch.float32, device=table.device)
     sizes = {"HEADS": num_heads, "WH": window[0], "WW": window[1], "EDGE": edge}
     sizes |= {"BLOCK": _triton.power_of_two(edge), "ROWS": ROWS}
     programs = num_heads * edge // ROWS
-    _triton.launch(_expand_bias, programs, table=table.contiguous(), bias=bias, **sizes)
+    _triton.launch(_expand_bias, programs, problem, table=table.contiguous(), bias=bias, **sizes)
     return bias
 
 
@@ -242,12 +249,12 @@ def ipsa_fwd(
     """out [B, H, W, C]; the arguments are those of the native op of this name."""
     qkv = _triton.dense(qkv)
     window, shift = (window_h, window_w), (shift_h, shift_w)
-    call = plan(qkv, bias_table, pad_qkv, seed, num_heads, window, shift, scale, dropout_p)
+    options = (num_heads, window, shift, scale, dropout_p)
+    call = plan(qkv, bias_table, pad_qkv, seed, *options, "forward")
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     if out.numel():
         programs = call.groups * call.tiles * num_heads
-        warps = _triton.warps(qkv.dtype, call.tiles > 1)
-        _triton.launch(_forward, programs, warps=warps, stages=2, out=out, **call.arguments)
+        _triton.launch(_forward, programs, call.problem, out=out, **call.arguments)
     return out
 
 

@@ -5,6 +5,7 @@ cuda      read from the built library
 command   the command, and its tables
 """
 
-from xattn_ops.kernel_report.triton import ARCHITECTURES, CALLS, DTYPES
+from xattn_ops._tiles import ARCHITECTURES
+from xattn_ops.kernel_report.triton import CALLS, DTYPES
 
 __all__ = ["ARCHITECTURES", "CALLS", "DTYPES"]

@@ -19,15 +19,19 @@ def command(
     dtypes: Sequence[str],
     backends: Sequence[str],
     as_json: bool,
+    sweep: bool,
     console: Console,
 ) -> int:
     """Print the tables, or JSON; 1 where a Triton kernel breaks a bound."""
     rows: list[triton.Figures] = []
     if "triton" in backends:
-        rows = list(triton.figures(operators or list(triton.CALLS), architectures, dtypes))
+        names = operators or list(triton.CALLS)
+        rows = list(triton.figures(names, architectures, dtypes, sweep))
     of_cuda = _cuda_rows(operators, architectures, dtypes) if "cuda" in backends else []
     if as_json:
-        listed: list[dict[str, Any]] = [asdict(row) | {"broken": row.broken} for row in rows]
+        listed: list[dict[str, Any]] = [
+            asdict(row) | {"resident": row.resident, "broken": row.broken} for row in rows
+        ]
         print(json.dumps(listed + [asdict(row) for row in of_cuda], indent=1))
         return int(any(row.broken for row in rows))
     if rows:
@@ -59,14 +63,16 @@ def _print_triton(rows: Sequence[triton.Figures], console: Console) -> None:
     table = Table(title="Triton kernels, compiled ahead of time")
     for name in ("operator", "call", "kernel", "target", "dtype"):
         table.add_column(name)
-    for name in ("warps", "registers", "spilled", "shared", "matrix", "loads"):
+    figures = "warps stages registers spilled shared resident matrix loads"
+    for name in figures.split():
         table.add_column(name, justify="right")
     table.add_column("broken")
     for row in rows:
         loads = " ".join(f"{count}x{size}" for size, count in sorted(row.loads.items()))
-        numbers = (row.warps, row.registers, row.spilled, row.shared, row.matrix)
+        numbers = (row.warps, row.stages, row.registers, row.spilled, row.shared, row.resident)
         names = (row.operator, row.call, row.kernel, row.architecture, row.dtype)
-        table.add_row(*names, *map(str, numbers), loads, "; ".join(row.broken))
+        cells = (*names, *map(str, numbers), str(row.matrix), loads, "; ".join(row.broken))
+        table.add_row(*cells, style=None if row.chosen else "dim")
     console.print(table)
 
 

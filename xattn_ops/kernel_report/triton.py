@@ -12,16 +12,18 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+from .._tuning import candidates
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KIB = 1024
-# The most shared memory that a block may ask for.
+# The most shared memory that a block may ask for, and the most warps of a multiprocessor. That has
+# 1 KiB more, which CUDA keeps of it for each block, and 2048 registers a lane.
 SHARED_LIMIT = {
     "sm_80": 163 * KIB,
     "sm_90": 227 * KIB,
@@ -29,6 +31,12 @@ SHARED_LIMIT = {
     "sm_120": 99 * KIB,
     "gfx942": 64 * KIB,
 }
+WARPS_LIMIT = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48, "gfx942": 32}
+BLOCKS_LIMIT, REGISTERS = 32, 2048
+# Nothing at the papers' shapes is spilled on these in the short formats, but for one kernel, whose
+# 64 tokens and two sums of 64 x 64 outgrow the registers that mma.sync works from.
+UNSPILLED = ("sm_80", "sm_90")
+SPILLED = ("cpsa", "backward", "56x56 x 96", "sm_80")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
 
@@ -44,15 +52,28 @@ class Figures:
     dtype: str
     products: bool  # it multiplies matrices
     warps: int
+    stages: int
     registers: int  # a thread
     spilled: int  # bytes a thread
     shared: int  # bytes a block
     matrix: int  # instructions of tensor or matrix cores
     loads: dict[int, int]  # bytes a load -> how many stand in the code
+    chosen: bool = True  # by the table of tiles; else one of its neighbours
+
+    @property
+    def resident(self) -> int:
+        """Warps of a multiprocessor at a time, as registers and shared memory let them in."""
+        registers = -(-self.registers // 8) * 8
+        shared = (SHARED_LIMIT[self.architecture] + KIB) // (self.shared + KIB)
+        blocks = REGISTERS // (registers * self.warps)
+        most = WARPS_LIMIT[self.architecture] // self.warps
+        return self.warps * min(blocks, shared, most, BLOCKS_LIMIT)
 
     @property
     def broken(self) -> list[str]:
-        """The bounds that it breaks, in words."""
+        """The bounds that it breaks, in words; what was not chosen has none."""
+        if not self.chosen:
+            return []
         short = self.dtype != "float32"
         bounds = {
             f"{self.shared} bytes of shared memory": self.shared > SHARED_LIMIT[self.architecture],
@@ -62,7 +83,8 @@ class Figures:
             and self.shared > SHARED_LIMIT["sm_80"],
             f"{self.spilled} bytes spilled": self.paper
             and short
-            and self.architecture == "sm_90"
+            and self.architecture in UNSPILLED
+            and (self.operator, self.kernel, self.call, self.architecture) != SPILLED
             and self.spilled > 0,
             "no matrix instruction": self.products and short and not self.matrix,
         }
@@ -194,6 +216,7 @@ CALLS: dict[str, dict[str, Call]] = {
         "196 + 80, 6 x 32": Call(lambda dtype: _digest(14, 80, 6, 32, dtype)),
         "49 + 4, 10 x 32": Call(lambda dtype: _digest(7, 4, 10, 32, dtype)),
         "784 + 245, 3 x 64": Call(lambda dtype: _digest(28, 245, 3, 64, dtype), paper=False),
+        "196 + 80, 2 x 96": Call(lambda dtype: _digest(14, 80, 2, 96, dtype), paper=False),
     },
     "merge": {
         "14x14, 192": Call(lambda dtype: _merge(14, 192, dtype)),
@@ -221,9 +244,13 @@ CALLS: dict[str, dict[str, Call]] = {
 
 
 def figures(
-    operators: Sequence[str], architectures: Sequence[str], dtypes: Sequence[str]
+    operators: Sequence[str],
+    architectures: Sequence[str],
+    dtypes: Sequence[str],
+    sweep: bool = False,
 ) -> Iterator[Figures]:
-    """Compile everything that these operators launch at the shapes of CALLS."""
+    """Compile everything that these operators launch at the shapes of CALLS; with `sweep` also in
+    the neighbours of the shapes that the table of tiles has."""
     from .._triton import INTERPRETED, recording
 
     if INTERPRETED:
@@ -232,20 +259,23 @@ def figures(
         for (name, call), dtype, architecture in itertools.product(
             CALLS[operator].items(), dtypes, architectures
         ):
-            with recording("cuda" if architecture.startswith("sm_") else "hip") as launches:
+            with recording(architecture) as launches:
                 call.run(DTYPES[dtype])
             unique = {launch.kernel.__name__: launch for launch in launches}
             for launch in unique.values():
                 kernel = launch.kernel.__name__.strip("_")
                 products = kernel.startswith(("forward", "backward"))
-                read = _compile(launch, architecture)
-                yield Figures(
-                    operator, name, call.paper, kernel, architecture, dtype, products, *read
-                )
+                chosen = (launch.warps, launch.stages)
+                for warps, stages in candidates(chosen) if sweep else [chosen]:
+                    read = _compile(replace(launch, warps=warps, stages=stages), architecture)
+                    yield Figures(
+                        operator, name, call.paper, kernel, architecture, dtype, products,
+                        warps, stages, *read, (warps, stages) == chosen,
+                    )  # fmt: skip
 
 
-def _compile(launch: Any, architecture: str) -> tuple[int, int, int, int, int, dict[int, int]]:
-    """Warps, registers, bytes spilled and shared, matrix instructions, loads."""
+def _compile(launch: Any, architecture: str) -> tuple[int, int, int, int, dict[int, int]]:
+    """Registers, bytes spilled and shared, matrix instructions, loads."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -259,7 +289,7 @@ def _compile(launch: Any, architecture: str) -> tuple[int, int, int, int, int, d
         options={"num_warps": launch.warps, "num_stages": launch.stages},
     )
     registers, spilled, matrix, loads = (_read_nvidia if nvidia else _read_amd)(binary.asm)
-    return launch.warps, registers, spilled, binary.metadata.shared, matrix, loads
+    return registers, spilled, binary.metadata.shared, matrix, loads
 
 
 def _signature(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
