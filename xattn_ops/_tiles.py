@@ -152,6 +152,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 
 
+@functools.lru_cache(maxsize=1024)  # a launch asks anew each time
 def shape(problem: Problem, kernel: str, architecture: str) -> Shape:
     """What the table has for a kernel."""
     known = nearest(architecture)
