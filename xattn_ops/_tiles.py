@@ -118,6 +118,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(8, 2, edge=64, on="sm_100"),
         Row(4, 2, edge=64, width=64),
         Row(8, 2, edge=64, on=NVIDIA),
+        Row(4, 1, edge=64, kernel="backward_table"),  # 64 KiB are all that AMD has
         Row(4, 2, edge=64),
     ),
     "merge": (  # edge: columns of the image
