@@ -279,6 +279,7 @@ def test_the_work_of_cls_attention_is_the_absorbed_forms():
 def test_cls_attention_is_timed_at_the_branches_of_crossvit_15():
     shapes = cases.SHAPES["clsattn"]
     assert [(s.patches, s.channels, s.heads) for s in shapes] == [(400, 192, 6), (196, 384, 6)]
+    assert [shapes[0].at(side).patches for side in (112, 224, 896)] == [100, 400, 6400]
     assert tiny("clsattn").apart == ("absorbed",)
 
 

@@ -82,6 +82,10 @@ class Tokens:
     channels: int
     heads: int
 
+    def at(self, side: int) -> Tokens:
+        """The same branch for an image of another side than 224."""
+        return replace(self, patches=self.patches * side**2 // 224**2)
+
     def __str__(self) -> str:
         return f"{self.patches}x{self.channels}"
 
