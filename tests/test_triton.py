@@ -30,7 +30,7 @@ from xattn_ops._triton import recording
 # operators that have Triton kernels
 KERNELS = ("ipsa", "cpsa", "digest", "merge", "convrel", "convpos", "clsattn")
 kernels = pytest.mark.parametrize("op", KERNELS)
-TOO_LARGE = {  # for the interpreter; other cases take the same ways through the kernels
+LEFT_OUT = {  # too slow for the interpreter; other cases take the same ways through the kernels
     *(f"convrel-{id}" for id in ("coat_lite_stage2", "coat_lite_stage4", "coat_tiny", "coat_mini")),
     "convpos-coat_lite_stage2",
     *(f"digest-{id}" for id in ("three_chunks", "two_chunks", "dropout_two_chunks")),
@@ -44,20 +44,20 @@ SHORT = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id
 
 
 @interpreted
-@of("cases", "dropout", among=KERNELS, without=TOO_LARGE)
+@of("cases", "dropout", among=KERNELS, without=LEFT_OUT)
 def test_against_float64(op: str, case: Case) -> None:
     check_against_float64(case, torch.float32, "triton", seed=5)
 
 
 @interpreted
-@of("extreme", among=[op for op in KERNELS if op != "digest"], without=TOO_LARGE)
+@of("extreme", among=[op for op in KERNELS if op != "digest"], without=LEFT_OUT)
 def test_extreme_logits(op: str, case: Case) -> None:
     check_draws_against_float64(case, torch.float32, "triton")
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", SHORT)
-@of("extreme", among=["digest"], without=TOO_LARGE)
+@of("extreme", among=["digest"], without=LEFT_OUT)
 def test_extreme_logits_of_digest(op: str, case: Case, dtype: torch.dtype) -> None:
     """In the short formats: in float32 a logit of hundreds is exact or not by the order of a sum,
     and where the reference happens to be exact no other order could follow it."""
@@ -65,7 +65,7 @@ def test_extreme_logits_of_digest(op: str, case: Case, dtype: torch.dtype) -> No
 
 
 @interpreted
-@of("cases", "dropout", among=KERNELS, without=TOO_LARGE, few=True)
+@of("cases", "dropout", among=KERNELS, without=LEFT_OUT, few=True)
 def test_bfloat16_against_float64(op: str, case: Case) -> None:
     check_against_float64(case, torch.bfloat16, "triton", seed=5)
 

@@ -54,8 +54,8 @@ struct Backward {
   // dz of one head of all images.
   void pooled(int64_t h) const {
     const Factors<T> grad{c.grad_out + h * c.dim, c.stride, 1};
-    multiply(Into<T>{c.of_head(c.grad_pooled, 0, h), c.heads * c.stride, true, false}, grad,
-             c.batch, c.dim, c.head_weight(c.args.v_weight, h), c.channels);
+    multiply(Into<T>::scratch(c.of_head(c.grad_pooled, 0, h), c.heads * c.stride), grad, c.batch,
+             c.dim, c.head_weight(c.args.v_weight, h), c.channels);
   }
 
   // dw of a part of the tokens of an image, and its share of sum w dw.
@@ -129,13 +129,12 @@ struct Backward {
                    for (int64_t i = 0; i < count; ++i) to[i] = values[i] * scale;
                  });
     S* grad_k = (S*)c.args.grad_k_weight + weight;
-    multiply(Into<S>{grad_k, c.channels, false, false, c.args.scale},
+    multiply(Into<S>::rows(grad_k, c.channels, c.args.scale),
              Factors<T>{c.query(0, h), 1, c.heads * c.head_row()}, c.dim, c.batch,
              Matrix<T>{c.grad_keys + at, row}, c.channels);
     S* grad_v = (S*)c.args.grad_v_weight + weight;
-    multiply(Into<S>{grad_v, c.channels, false, false},
-             Factors<T>{c.grad_out + h * c.dim, 1, c.stride}, c.dim, c.batch,
-             Matrix<T>{c.pooled + at, row}, c.channels);
+    multiply(Into<S>::rows(grad_v, c.channels), Factors<T>{c.grad_out + h * c.dim, 1, c.stride},
+             c.dim, c.batch, Matrix<T>{c.pooled + at, row}, c.channels);
     biases(h);
   }
 
@@ -143,10 +142,10 @@ struct Backward {
   void query(int64_t chunk) const {
     const int64_t first = chunk * kChunk, count = min_of(kChunk, c.channels - first);
     S* grad = (S*)c.args.grad_q_weight + first * c.channels;
-    multiply(Into<S>{grad, c.channels, false, false}, Factors<T>{c.grad_q + first, 1, c.stride},
-             count, c.batch, Matrix<T>{c.cls, c.stride}, c.channels);
+    multiply(Into<S>::rows(grad, c.channels), Factors<T>{c.grad_q + first, 1, c.stride}, count,
+             c.batch, Matrix<T>{c.cls, c.stride}, c.channels);
     const Matrix<S> weight{(const S*)c.args.q_weight + first, c.channels};
-    multiply(Into<T>{c.by_query + first, c.stride, true, false}, Factors<T>{c.grad_q, c.stride, 1},
+    multiply(Into<T>::scratch(c.by_query + first, c.stride), Factors<T>{c.grad_q, c.stride, 1},
              c.batch, c.channels, weight, count);
   }
 
@@ -223,10 +222,10 @@ struct Backward {
 
   void add_block(int64_t b, int64_t first, int64_t count, T* keys) const {
     const int64_t width = c.vectors * L;
-    multiply(Into<T>{keys, c.stride, true, true}, Factors<T>{coeffs + c.heads * c.row, c.row, 1},
-             c.heads, count, Matrix<T>{hat, c.stride}, width);
-    multiply(Into<T>{grads, c.stride, true, false}, Factors<T>{coeffs, 1, c.row}, count,
-             2 * c.heads, Matrix<T>{rows, c.stride}, width);
+    multiply(Into<T>::sums(keys, c.stride), Factors<T>{coeffs + c.heads * c.row, c.row, 1}, c.heads,
+             count, Matrix<T>{hat, c.stride}, width);
+    multiply(Into<T>::scratch(grads, c.stride), Factors<T>{coeffs, 1, c.row}, count, 2 * c.heads,
+             Matrix<T>{rows, c.stride}, width);
     int64_t skip = 0;
     if (first == 0) {  // CLS waits for what comes by way of the query
       skip = 1;

@@ -55,9 +55,8 @@ struct Forward {
                    }
                  });
     const int64_t row = c.heads * c.head_row();
-    multiply(Into<T>{c.key(0, h), row, false, false, c.args.scale},
-             Factors<T>{c.query(0, h), row, 1}, c.batch, c.dim, c.head_weight(c.args.k_weight, h),
-             c.channels);
+    multiply(Into<T>::rows(c.key(0, h), row, c.args.scale), Factors<T>{c.query(0, h), row, 1},
+             c.batch, c.dim, c.head_weight(c.args.k_weight, h), c.channels);
   }
 
   // Softmax and weighted sum of a part of the tokens of an image, in one pass: where a block raises
@@ -125,8 +124,8 @@ struct Forward {
                    for (int64_t i = 0; i < size; ++i) logits[h * c.row + t + i] = values[i];
                  });
     for (int64_t h = 0; h < c.heads; ++h) weigh(unit, b, h, first, count);
-    multiply(Into<T>{c.of_head(c.part_sums, unit, 0), c.stride, true, true},
-             Factors<T>{logits, c.row, 1}, c.heads, count, Matrix<T>{hat, c.stride}, c.vectors * L);
+    multiply(Into<T>::sums(c.of_head(c.part_sums, unit, 0), c.stride), Factors<T>{logits, c.row, 1},
+             c.heads, count, Matrix<T>{hat, c.stride}, c.vectors * L);
   }
 
   // The logits of one head's block become weights relative to the largest logit so far.

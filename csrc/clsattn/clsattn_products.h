@@ -64,17 +64,6 @@ XATTN_INLINE void with_tile(int64_t rows, int64_t columns, F f) {
   });
 }
 
-// f(first, size) for groups of nearly equal size, `most` at the most.
-template <class F>
-XATTN_INLINE void for_groups(int64_t count, int64_t most, F f) {
-  const int64_t groups = (count + most - 1) / most;
-  for (int64_t g = 0, first = 0; g < groups; ++g) {
-    const int64_t size = (count - first + groups - g - 1) / (groups - g);
-    f(first, size);
-    first += size;
-  }
-}
-
 // out[r * columns + c] = x(r) . w(c) over n channels, lanes are channels; whole vectors of x are
 // read.
 template <class T, class S>
@@ -111,14 +100,20 @@ XATTN_INLINE void dot_products(Matrix<T> x, int64_t rows, Matrix<S> w, int64_t c
   });
 }
 
-// Where a product goes: rows in scratch, written up to whole vectors, or rows of n values in
-// memory.
+// Where a product goes: `rows` of n values in memory, or rows in scratch, which take whole vectors
+// in place of what they held (`scratch`) or besides (`sums`).
 template <class O>
 struct Into {
   O* data;
   int64_t row;  // distance of two rows
-  bool scratch, add;
-  double scale = 1;
+  double scale;
+  bool whole, add;
+
+  static Into rows(O* data, int64_t row, double scale = 1) {
+    return {data, row, scale, false, false};
+  }
+  static Into scratch(O* data, int64_t row) { return {data, row, 1, true, false}; }
+  static Into sums(O* data, int64_t row) { return {data, row, 1, true, true}; }
 };
 
 // out[r][c] (+)= scale sum over k < steps of a(r, k) b(k), vectors c of b; left: how many values
@@ -142,7 +137,7 @@ __attribute__((noinline)) void multiply_tile(Into<O> out, Factors<T> a, int64_t 
       for (int c = 0; c < C; ++c) {
         O* to = out.data + r * out.row + c * L;
         const vec<T> v = acc[r * C + c] * scale;
-        if (left < L && !out.scratch) {
+        if (left < L && !out.whole) {
           store_n(to, v, left);
         } else {
           store(to, out.add ? load(to) + v : v);

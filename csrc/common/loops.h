@@ -31,18 +31,27 @@ XATTN_INLINE void with_constant(int64_t size, F f) {
   }
 }
 
-// Calls f(Int<C>, first) for column groups of nearly equal size, multiples of kStep up to kMax:
-// 49 columns by 6 are 4 groups of 6 and 5 of 5, not 8 of 6 and a slow one of 1.
+// Calls f(first, size) for groups of nearly equal size, `most` at the most: 49 by 6 are 4 groups of
+// 6 and 5 of 5, not 8 of 6 and a slow one of 1.
+template <class F>
+XATTN_INLINE void for_groups(int64_t count, int64_t most, F f) {
+  const int64_t groups = (count + most - 1) / most;
+  for (int64_t g = 0, first = 0; g < groups; ++g) {
+    const int64_t size = count / groups + (g < count % groups);
+    f(first, size);
+    first += size;
+  }
+}
+
+// Calls f(Int<C>, first) for such groups of columns, multiples of kStep up to kMax.
 template <int kMax, int kStep, class F>
 XATTN_INLINE void for_columns(int64_t count, F f) {
-  const int64_t steps = (count + kStep - 1) / kStep;
-  const int64_t groups = (steps + kMax / kStep - 1) / (kMax / kStep);
-  for (int64_t g = 0, first = 0; g < groups; ++g) {
-    const int64_t size = steps / groups + (g < steps % groups);
-    with_constant<kMax / kStep>(
-        size, [&](auto n) XATTN_LAMBDA_INLINE { f(Int<decltype(n)::value * kStep>{}, first); });
-    first += size * kStep;
-  }
+  for_groups((count + kStep - 1) / kStep, kMax / kStep,
+             [&](int64_t first, int64_t size) XATTN_LAMBDA_INLINE {
+               with_constant<kMax / kStep>(size, [&](auto n) XATTN_LAMBDA_INLINE {
+                 f(Int<decltype(n)::value * kStep>{}, first * kStep);
+               });
+             });
 }
 
 // Calls f(Int<size>, first) for groups of kMax and what is left, for counts known to be small: an
