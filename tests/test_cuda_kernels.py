@@ -3,6 +3,7 @@ that the library registers every kernel, beside a torch that has no CUDA."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cuda_library import ARCHITECTURES, cuda_library, needs_nvcc
-from support.emulator import SHARED_LIMITS, emulated, emulator
+from support.cuda_library import DISASSEMBLED, cuda_figures, cuda_library, needs_nvcc
+from support.emulator import emulated, emulator
 from test_cuda import KERNELS
 
 from xattn_ops.benchmarks.cases import SHAPES, STEP, build
-from xattn_ops.kernel_report.cuda import CudaFigures, figures, kernels, readable, short_name
+from xattn_ops.kernel_report.cards import CARDS, CUDA_ARCHITECTURES
+from xattn_ops.kernel_report.cuda import CudaFigures, kernels, readable, short_name
 
 pytestmark = needs_nvcc
 WITHOUT_PRODUCTS = {"merge", "convpos"}  # depthwise convolutions alone
@@ -23,52 +25,46 @@ WITHOUT_PRODUCTS = {"merge", "convpos"}  # depthwise convolutions alone
 
 @pytest.fixture(scope="module")
 def rows() -> list[CudaFigures]:
-    return figures(cuda_library(), ARCHITECTURES)
+    return cuda_figures()
 
 
 def test_every_architecture_is_built() -> None:
     built = {arch: sorted(readable(names)) for arch, names in kernels(cuda_library()).items()}
-    assert set(built) == set(ARCHITECTURES)
+    assert set(built) == set(CUDA_ARCHITECTURES)
     assert all(built.values())
     assert all(names == built["sm_80"] for names in built.values())
 
 
-def launches(op: str, stage: int, card: str) -> dict[str, int]:
+@functools.cache
+def launches(op: str, stage: int, shared_limit: int) -> dict[str, int]:
     """The kernels of a training step at a shape of the paper -> their dynamic shared memory."""
     case = build(op, stage, 2, torch.bfloat16, STEP)
     ours = next(iter(case.ours.values()))
-    with emulator("plain", shared_limit=SHARED_LIMITS[card], dry=True) as module:
+    with emulator("plain", shared_limit=shared_limit, dry=True) as module:
         outs = ours.forward()
         ours.step([torch.zeros_like(out) for out in outs])
         return {short_name(name): shared for name, shared in module.launches()}
 
 
 @emulated
-@pytest.mark.parametrize(
-    ("card", "architecture"), [("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_90", "sm_90")]
-)
+@pytest.mark.parametrize("card", CUDA_ARCHITECTURES)
 @pytest.mark.parametrize(
     ("op", "stage"),
     [pytest.param(op, i, id=f"{op}-{s}") for op in KERNELS for i, s in enumerate(SHAPES[op])],
 )
 def test_papers_shapes(
-    op: str,
-    stage: int,
-    card: str,
-    architecture: str,
-    rows: list[CudaFigures],
-    monkeypatch: pytest.MonkeyPatch,
+    op: str, stage: int, card: str, rows: list[CudaFigures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16: nothing spilled, shared memory within the card's, products on tensor cores."""
     monkeypatch.setenv("XATTN_BACKEND", "cuda")
-    built = {row.kernel: row for row in rows if row.architecture == architecture}
-    launched = launches(op, stage, card)
+    built = {row.kernel: row for row in rows if row.architecture == card}
+    launched = launches(op, stage, CARDS[card].shared)
     assert launched
     for kernel, dynamic in launched.items():
         row = built[kernel]
         assert row.stack == 0, f"{kernel}: {row.stack} bytes of local memory"
-        assert row.shared + dynamic <= SHARED_LIMITS[card], kernel
-    if op not in WITHOUT_PRODUCTS:
+        assert row.shared + dynamic <= CARDS[card].shared, kernel
+    if op not in WITHOUT_PRODUCTS and card in DISASSEMBLED:
         assert any(built[kernel].matrix for kernel in launched)
 
 
@@ -107,10 +103,12 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     from xattn_ops.kernel_report import cuda
 
     monkeypatch.setattr(cuda, "library", cuda_library)
-    assert main(["kernels", "--backend", "cuda", "--arch", "sm_90"]) == 0
+    assert main(["kernels", "ipsa", "--backend", "cuda", "--arch", "sm_90"]) == 0
     text = capsys.readouterr().out
     assert "CUDA kernels, as built" in text
-    assert "sum_parts_kernel<__nv_bfloat16>" in text
+    assert "ipsa_cuda::backward_bias<__nv_bfloat16>" in text
+    assert "float32" not in text
+    assert "sum_parts" not in text
     assert "sm_80" not in text
 
 

@@ -205,3 +205,15 @@ def test_warps_of_a_multiprocessor(architecture, warps, registers, shared, resid
     names = ("ipsa", "", True, "forward", architecture, "bfloat16", True)
     row = report.Figures(*names, warps, 2, registers, 0, shared, 1, {})
     assert row.resident == resident
+
+
+@pytest.mark.parametrize(
+    ("architecture", "allowed"),
+    [("sm_80", 99), ("sm_86", 99), ("sm_90", 227), ("sm_100", 227), ("sm_120", 99), ("gfx942", 64)],
+)
+def test_shared_memory_fits_every_card_that_is_launched_alike(architecture, allowed):
+    """sm_86 and sm_89 take the launches of sm_80, and have less of it."""
+    names = ("ipsa", "", False, "forward", architecture, "float32", True)
+    for shared, breaks in [(allowed << 10, False), ((allowed << 10) + 1, True)]:
+        row = report.Figures(*names, 4, 2, 128, 0, shared, 1, {})
+        assert row.broken == [f"{shared} bytes of shared memory"] * breaks

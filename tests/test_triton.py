@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,10 +21,14 @@ from support.oracle import (
     check_nan_stays_in_its_image,
 )
 
-from xattn_ops import _backend, explain
-from xattn_ops.kernel_report import ARCHITECTURES, CALLS
+from xattn_ops import _backend, _tiles, explain
+from xattn_ops._tiles import ARCHITECTURES
+from xattn_ops.kernel_report import CALLS
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from triton.runtime.errors import OutOfResources
+from triton.runtime.interpreter import InterpretedFunction
+
 from xattn_ops import _triton
 from xattn_ops._triton import recording
 
@@ -91,6 +96,51 @@ def test_tiles_of_another_architecture(op: str, id: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(_triton, "_recorded", "sm_80")
     (case,) = next(given.values for given in OPERATORS[op].cases if given.id == id)
     check_against_float64(case, torch.bfloat16, "triton")
+
+
+@pytest.fixture
+def too_large(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the next so many launches fail as on a card of too little shared memory."""
+    monkeypatch.setattr(_tiles, "_halved", {})
+    run = InterpretedFunction.run
+
+    def failing(times: int) -> None:
+        left = [times]
+
+        def refuse(*args: object, **kwargs: object) -> object:
+            if left[0] == 0:
+                return run(*args, **kwargs)
+            left[0] -= 1
+            raise OutOfResources(300_000, 101_376, "shared memory")
+
+        monkeypatch.setattr(InterpretedFunction, "run", refuse)
+
+    return failing
+
+
+@interpreted
+@pytest.mark.parametrize("times", [1, _tiles.HALVINGS])
+@kernels
+def test_smaller_tiles_where_the_card_has_too_little_memory(
+    op: str, times: int, too_large: Callable[[int], None]
+) -> None:
+    too_large(times)
+    check_against_float64(SMALL[op], torch.float32, "triton")
+    assert sum(_tiles._halved.values()) == times
+
+
+@interpreted
+@kernels
+def test_a_card_that_has_too_little_memory_for_any_tile(
+    op: str, too_large: Callable[[int], None]
+) -> None:
+    case = SMALL[op]
+    too_large(_tiles.HALVINGS + 1)
+    said = (
+        r"the Triton kernel \w+ does not fit this card at \d+ channels in torch.float32 \(out of "
+    )
+    with pytest.raises(RuntimeError, match=said + r".*\); backend='reference' takes them"):
+        case.outputs(case.tensors(torch.float32, requires_grad=False), backend="triton")
 
 
 @interpreted

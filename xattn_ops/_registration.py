@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _tiles
 from ._library import NATIVE, REASON
 
 # The kernels of C++ and CUDA are ops of the first library, those of Triton of the second, under
@@ -79,7 +80,7 @@ def register_triton(name: str, launch: Callable[..., Any]) -> None:
     """
     _TRITON.define(name + torch.library.infer_schema(launch, mutates_args=()))
     for device in ("CPU", "CUDA"):  # on CPU tensors the interpreter runs it
-        _TRITON.impl(name, launch, device)
+        _TRITON.impl(name, _tiles.until_it_fits(launch), device)
     follow(name, _TRITON)
 
 

@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DEFAULT = "sm_90"  # where kernels run without a card, in the interpreter
 ANY = math.inf
@@ -96,6 +100,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4, edge=32, kernel="backward", dtype="float32"),
         Row(4, 2, edge=64, dtype="short", kernel=DIRECT, on=MMA),
         Row(8, 2, edge=64, kernel=DIRECT, on=NVIDIA),
+        Row(4, 2, edge=32, dtype="float32", kernel=DIRECT),  # 64 KiB are all that AMD has
         Row(4, 2, edge=64, kernel=DIRECT),
         Row(8, kernel="forward", tokens=8, on=NVIDIA),
         Row(4, kernel="forward", tokens=16, on=MMA),
@@ -110,7 +115,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "digest": (  # edge: queries, with half as many keys; of backward_table, tokens of a band
         Row(1, kernel="sum_table"),
-        Row(8, 2, edge=64, dtype="float32", on=NVIDIA),
+        Row(8, 2, edge=64, width=64, dtype="float32", on=NVIDIA),
+        Row(8, 2, edge=64, dtype="float32", on="sm_90 sm_100"),
+        Row(8, 2, edge=32, dtype="float32", on=NVIDIA),  # 99 KiB are all that sm_86 and sm_120 have
+        Row(4, 1, edge=32, dtype="float32", kernel="backward_table"),
+        Row(4, 2, edge=32, dtype="float32"),
         Row(4, 3, edge=32, kernel="backward_table", on=MMA),
         Row(4, 2, edge=32, kernel="backward_table", on="sm_100"),
         Row(8, 2, edge=64, kernel="backward_table", on=NVIDIA),
@@ -153,9 +162,50 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 
 
-@functools.lru_cache(maxsize=1024)  # a launch asks anew each time
+# What did not fit its card, as the table cannot foresee of every width: how often the tiles of such
+# calls were halved since.
+_halved: dict[tuple[Problem, str], int] = {}
+HALVINGS, LEAST_EDGE = 2, 16  # matrix products need 16
+
+
+class Halved(Exception):
+    """A kernel was too large for the card, and later launches of its problem will be smaller."""
+
+
+def halve(problem: Problem, architecture: str) -> bool:
+    """Whether the tiles of these launches could be made smaller; then `shape` gives such."""
+    halvings = _halved.get((problem, architecture), 0)
+    if halvings == HALVINGS:
+        return False
+    _halved[problem, architecture] = halvings + 1
+    return True
+
+
+def until_it_fits(call: Callable[P, R]) -> Callable[P, R]:
+    """`call`, begun again with smaller tiles where one of its kernels is too large for the card."""
+
+    @functools.wraps(call)
+    def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except Halved:
+                pass
+
+    return repeated
+
+
 def shape(problem: Problem, kernel: str, architecture: str) -> Shape:
-    """What the table has for a kernel."""
+    """What the table has for a kernel, or that with smaller tiles where it did not fit."""
+    found = _in_table(problem, kernel, architecture)
+    halvings = _halved.get((problem, architecture), 0)
+    if not halvings:
+        return found
+    return Shape(found.warps, 1, max(min(found.edge, LEAST_EDGE), found.edge >> halvings))
+
+
+@functools.lru_cache(maxsize=1024)  # a launch asks anew each time
+def _in_table(problem: Problem, kernel: str, architecture: str) -> Shape:
     known = nearest(architecture)
     for row in TABLE[problem.operator]:
         if row.holds(kernel, problem, known):

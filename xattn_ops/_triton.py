@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from . import _tiles, _tuning
 
@@ -100,7 +101,22 @@ def launch(kernel: Any, programs: int, problem: _tiles.Problem, **arguments: Any
         chosen = (warps, stages)
         if first.is_cuda and _tuning.wanted():
             chosen = _tuning.best(kernel, programs, arguments, chosen, run, first.device)
-        run(chosen)
+        try:
+            run(chosen)
+        except OutOfResources as error:
+            raise _too_large(kernel, problem, first.device, error) from error
+
+
+def _too_large(
+    kernel: Any, problem: _tiles.Problem, device: torch.device, error: Exception
+) -> Exception:
+    """What to raise: with `Halved` the operator begins again, see `_tiles.until_it_fits`."""
+    if _tiles.halve(problem, architecture_of(device)):
+        return _tiles.Halved()
+    return RuntimeError(
+        f"the Triton kernel {kernel.__name__} does not fit this card at {problem.width} channels "
+        f"in {problem.dtype} ({error}); backend='reference' takes them"
+    )
 
 
 @contextmanager
@@ -115,11 +131,15 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         _record, _recorded = None, _tiles.DEFAULT
 
 
+def architecture_of(device: torch.device) -> str:
+    """That of the card, or what is recorded or interpreted in its place."""
+    on_card = device.type == "cuda" and _record is None
+    return _tiles.of_card(device.index) if on_card else _recorded
+
+
 def shape(problem: _tiles.Problem, kernel: str, device: torch.device) -> _tiles.Shape:
     """What the table has for a kernel on this device."""
-    on_card = device.type == "cuda" and _record is None
-    architecture = _tiles.of_card(device.index) if on_card else _recorded
-    return _tiles.shape(problem, kernel, architecture)
+    return _tiles.shape(problem, kernel, architecture_of(device))
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from xattn_ops._version import __version__
 from xattn_ops.benchmarks.options import add_arguments as add_bench_arguments
-from xattn_ops.kernel_report import ARCHITECTURES
+from xattn_ops.kernel_report import CARDS
 from xattn_ops.kernel_report import DTYPES as KERNEL_DTYPES
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
 
     kernels = commands.add_parser("kernels", help="what compilers make of the GPU kernels")
     kernels.add_argument("operators", nargs="*", metavar="OPERATOR", help="ipsa (all)")
-    kernels.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    arch = "Triton: those that its table of launches tells apart; CUDA: all that were built"
+    kernels.add_argument("--arch", nargs="+", choices=list(CARDS), help=arch)
     kernels.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=list(KERNEL_DTYPES))
     backends = ("triton", "cuda")
     kernels.add_argument("--backend", nargs="+", default=backends, choices=backends)

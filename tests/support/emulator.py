@@ -26,6 +26,7 @@ import torch
 
 from support.locks import alone
 from xattn_ops import _backend, _library, _registration
+from xattn_ops.kernel_report import CARDS
 
 ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "tests" / "emulation"
@@ -61,7 +62,7 @@ SCHEDULES = {
     "random_late": Schedule("random", 1, True),
     "random_early": Schedule("random", 2, False),
 }
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
+SHARED_LIMITS = {name: CARDS[name].shared for name in ("sm_80", "sm_86", "sm_90")}
 
 
 def cuda_headers() -> Path | None:

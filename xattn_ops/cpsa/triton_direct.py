@@ -20,8 +20,7 @@ from .._triton import LOG2E, dot, keep_weights
 from .triton_planes import Patches, per_row, problem, to_map, to_planes, transposed
 
 LONGEST_HEAD = 64  # values of a head in registers at a time
-FEW_TOKENS = 16  # up to which a matrix is one warp's, so that a program takes several
-MATRICES = 8
+FEW_TOKENS = 16  # up to which a matrix is one warp's, so that a program takes twice the tile's edge
 
 
 @triton.jit
@@ -292,7 +291,7 @@ def _arguments(
     tile = min(edge, _triton.power_of_two(T))
     block = min(LONGEST_HEAD, _triton.power_of_two(D))
     tiles, parts = -(-T // tile), -(-D // block)
-    matrices = MATRICES if T <= FEW_TOKENS else 1
+    matrices = 2 * edge // tile if T <= FEW_TOKENS else 1
     units = patches.B * patches.C * heads
     arguments = {
         **{"qkv": qkv, "seed": qkv if seed is None else seed, "scale": scale, "units": units},

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from xattn_ops._tiles import ARCHITECTURES
 from xattn_ops.kernel_report import cuda, triton
+from xattn_ops.kernel_report.cards import CUDA_ARCHITECTURES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     operators: Sequence[str],
-    architectures: Sequence[str],
+    architectures: Sequence[str] | None,
     dtypes: Sequence[str],
     backends: Sequence[str],
     as_json: bool,
@@ -26,8 +28,12 @@ def command(
     rows: list[triton.Figures] = []
     if "triton" in backends:
         names = operators or list(triton.CALLS)
-        rows = list(triton.figures(names, architectures, dtypes, sweep))
-    of_cuda = _cuda_rows(operators, architectures, dtypes) if "cuda" in backends else []
+        rows = list(triton.figures(names, architectures or ARCHITECTURES, dtypes, sweep))
+    of_cuda = (
+        _cuda_rows(operators, architectures or CUDA_ARCHITECTURES, dtypes)
+        if "cuda" in backends
+        else []
+    )
     if as_json:
         listed: list[dict[str, Any]] = [
             asdict(row) | {"resident": row.resident, "broken": row.broken} for row in rows
@@ -49,12 +55,12 @@ def _cuda_rows(
     path = cuda.library()
     if path is None:
         return []
-    return [
-        row
-        for row in cuda.figures(path, architectures)
-        if row.dtype in ("", *dtypes)
-        if not operators or any(row.kernel.startswith(operator) for operator in operators)
-    ]
+
+    def wanted(kernel: str, dtype: str) -> bool:
+        named = not operators or any(kernel.startswith(operator) for operator in operators)
+        return named and dtype in ("", *dtypes)
+
+    return cuda.figures(path, architectures, wanted)
 
 
 def _print_triton(rows: Sequence[triton.Figures], console: Console) -> None:

@@ -10,7 +10,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class CudaFigures:
     registers: int  # a thread
     stack: int  # bytes a thread; 0 where nothing is spilled
     shared: int  # static bytes a block
-    matrix: int  # instructions of tensor cores
+    matrix: int | None  # instructions of tensor cores, where they were counted
 
 
 def library() -> Path | None:
@@ -48,33 +48,49 @@ def kernels(path: Path) -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def figures(path: Path, architectures: Collection[str]) -> list[CudaFigures]:
-    """Every kernel in a library for each of these architectures that it was built for."""
+def figures(
+    path: Path,
+    architectures: Collection[str],
+    wanted: Callable[[str, str], bool] = lambda kernel, dtype: True,
+    instructions: bool = True,
+) -> list[CudaFigures]:
+    """The kernels in a library, for each of these architectures that it was built for.
+
+    wanted: of the kernel's name and dtype, whether it is. instructions: count those of tensor cores
+    too, for which the whole library is disassembled: some 20 seconds an architecture.
+    """
     rows = []
     for architecture, of_one in kernels(path).items():
         if architecture not in architectures:
             continue
-        matrix = _matrix_instructions(path, architecture)
-        for name, (mangled, numbers) in zip(readable(of_one), of_one.items(), strict=True):
+        names = dict(zip(of_one, readable(of_one), strict=True))
+        names = {key: name for key, name in names.items() if wanted(name, _dtype(name))}
+        matrix = _matrix_instructions(path, architecture) if instructions and names else {}
+        for mangled, name in names.items():
+            numbers = of_one[mangled]
             rows.append(
                 CudaFigures(
                     kernel=name,
                     architecture=architecture,
-                    dtype=next((DTYPES[t] for t in re.findall(r"\w+", name) if t in DTYPES), ""),
+                    dtype=_dtype(name),
                     registers=numbers["REG"],
                     stack=numbers["STACK"],
                     shared=numbers["SHARED"],
-                    matrix=matrix.get(mangled, 0),
+                    matrix=matrix.get(mangled),
                 )
             )
     return sorted(rows, key=lambda row: (row.kernel, int(row.architecture[3:].rstrip("a"))))
+
+
+def _dtype(kernel: str) -> str:
+    return next((DTYPES[t] for t in re.findall(r"\w+", kernel) if t in DTYPES), "")
 
 
 def _matrix_instructions(path: Path, architecture: str) -> dict[str, int]:
     """How many there are in each kernel, by its mangled name."""
     parts = re.split(r"Function : (\S+)", _run("cuobjdump", "-sass", "-arch", architecture, path))
     return {
-        name: len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", body))
+        name: body.count("HMMA") + body.count("HGMMA")  # UTCHMMA is one of the first
         for name, body in zip(parts[1::2], parts[2::2], strict=True)
     }
 

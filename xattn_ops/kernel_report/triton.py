@@ -19,20 +19,9 @@ import torch
 from torch import Tensor
 
 from .._tuning import candidates
+from .cards import BLOCKS, CARDS, KIB, REGISTERS, least_shared
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-KIB = 1024
-# The most shared memory that a block may ask for, and the most warps of a multiprocessor. That has
-# 1 KiB more, which CUDA keeps of it for each block, and 2048 registers a lane.
-SHARED_LIMIT = {
-    "sm_80": 163 * KIB,
-    "sm_90": 227 * KIB,
-    "sm_100": 227 * KIB,
-    "sm_120": 99 * KIB,
-    "gfx942": 64 * KIB,
-}
-WARPS_LIMIT = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48, "gfx942": 32}
-BLOCKS_LIMIT, REGISTERS = 32, 2048
 # Nothing at the papers' shapes is spilled on these in the short formats, but for one kernel, whose
 # 64 tokens and two sums of 64 x 64 outgrow the registers that mma.sync works from.
 UNSPILLED = ("sm_80", "sm_90")
@@ -64,10 +53,10 @@ class Figures:
     def resident(self) -> int:
         """Warps of a multiprocessor at a time, as registers and shared memory let them in."""
         registers = -(-self.registers // 8) * 8
-        shared = (SHARED_LIMIT[self.architecture] + KIB) // (self.shared + KIB)
+        card = CARDS[self.architecture]
+        shared = (card.shared + KIB) // (self.shared + KIB)
         blocks = REGISTERS // (registers * self.warps)
-        most = WARPS_LIMIT[self.architecture] // self.warps
-        return self.warps * min(blocks, shared, most, BLOCKS_LIMIT)
+        return self.warps * min(blocks, shared, card.warps // self.warps, BLOCKS)
 
     @property
     def broken(self) -> list[str]:
@@ -76,11 +65,7 @@ class Figures:
             return []
         short = self.dtype != "float32"
         bounds = {
-            f"{self.shared} bytes of shared memory": self.shared > SHARED_LIMIT[self.architecture],
-            f"{self.shared} bytes of shared memory, too many for sm_80": self.paper
-            and short
-            and self.architecture == "sm_90"
-            and self.shared > SHARED_LIMIT["sm_80"],
+            f"{self.shared} bytes of shared memory": self.shared > least_shared(self.architecture),
             f"{self.spilled} bytes spilled": self.paper
             and short
             and self.architecture in UNSPILLED
