@@ -109,10 +109,8 @@ def _write(
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    """Every case to run, operators first, then blocks, then models, then timm's.
-
-    Blocks, models and timm's alone where they are asked for and no operator is.
-    """
+    """Every case to run: operators, unless something else is asked for and they are not; then the
+    blocks, models and models of timm that are asked for."""
     for name in args.operators:
         if name not in cases.OPERATORS:
             raise ValueError(f"no operator {name!r}; there are {', '.join(cases.OPERATORS)}")
@@ -121,12 +119,14 @@ def _plan(args: argparse.Namespace) -> Plan:
             raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}")
     devices.check(args.device)
     instead = bool(args.sweep) or args.throughput is not None
-    if args.cases is False or (args.cases is None and instead):
-        return []
     whole = args.blocks or args.models is not None or args.timm is not None
-    only_whole = whole and not args.operators and not args.cases
+    if args.cases is False and not (instead or whole):
+        raise ValueError("--no-cases leaves nothing to measure: add --models, say, or --sweep")
     names = list(dict.fromkeys(args.operators or cases.OPERATORS))
-    staged = [] if only_whole else [case for name in names for case in cases.OPERATORS[name]]
+    alone = not instead and (bool(args.operators) or not whole)
+    staged: list[str] = []
+    if alone if args.cases is None else args.cases:
+        staged += (case for name in names for case in cases.OPERATORS[name])
     if args.blocks:
         staged += dict.fromkeys(cases.BLOCKS[name] for name in names if name in cases.BLOCKS)
     models = args.models

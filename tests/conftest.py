@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ import torch
 # Triton reads this when a kernel is defined: without a GPU its interpreter runs them on the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from support.interpreter import make_faster
+
+    make_faster()
 
 
 @pytest.fixture(autouse=True)

@@ -246,13 +246,24 @@ def test_the_paper_s_preset_asks_for_everything_and_gives_way_to_what_is_given()
         ),
         pytest.param(["cpsa", "--sweep", "batch", "--cases"], True, [("cpsa", "batch")], id="both"),
         pytest.param(["--throughput"], False, [], id="throughput-instead"),
-        pytest.param(["--no-cases"], False, [], id="nothing"),
+        pytest.param(["--throughput", "--models", "cat_tiny"], True, [], id="throughput-and-model"),
+        pytest.param(
+            ["cpsa", "--no-cases", "--sweep", "batch"],
+            False,
+            [("cpsa", "batch")],
+            id="only-a-sweep",
+        ),
     ],
 )
 def test_what_runs_beside_what(arguments, planned, swept):
     args = asked(*arguments)
     assert bool(command._plan(args)) == planned
     assert command._sweeps(args) == swept
+
+
+def test_nothing_to_measure_is_refused(capsys):
+    assert cli.main(["bench", "cpsa", "--no-cases"]) == 2
+    assert "--no-cases leaves nothing to measure: add --models, say" in capsys.readouterr().err
 
 
 def test_the_command_sweeps_and_measures_throughput(tmp_path, capsys):

@@ -378,6 +378,10 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
             id="blocks-and-models-alone",
         ),
         pytest.param(["--models", "coat_tiny"], [("coat_tiny", 0)], id="a-model"),
+        pytest.param(["--no-cases", "--models", "cat_tiny"], [("cat_tiny", 0)], id="only-a-model"),
+        pytest.param(
+            ["cpsa", "--no-cases", "--blocks", "--stages", "2"], [("cab", 2)], id="only-a-block"
+        ),
     ],
 )
 def test_the_command_plans_what_is_asked_for(arguments, expected):
