@@ -77,7 +77,10 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--json", action="store_true", help="JSON in place of a table")
     sweep = "Triton: half and twice the warps too, a stage of loads more or less"
     kernels.add_argument("--sweep", action="store_true", help=sweep)
+    paper = "Triton: at the papers' shapes alone"
+    kernels.add_argument("--paper", action="store_true", help=paper)
     kernels.set_defaults(run=_kernels)
+
     report = commands.add_parser("report", help="papers and measurements on one HTML page")
     report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
     report.add_argument(
@@ -126,7 +129,7 @@ def _kernels(args: argparse.Namespace) -> int:
     from xattn_ops.kernel_report.command import command
 
     what = (args.operators, args.arch, args.dtype, args.backend)
-    return command(*what, args.json, args.sweep, _console())
+    return command(*what, args.json, args.sweep, args.paper, _console())
 
 
 def _console() -> Console:

@@ -22,13 +22,14 @@ def command(
     backends: Sequence[str],
     as_json: bool,
     sweep: bool,
+    paper: bool,
     console: Console,
 ) -> int:
     """Print the tables, or JSON; 1 where a Triton kernel breaks a bound."""
     rows: list[triton.Figures] = []
     if "triton" in backends:
         names = operators or list(triton.CALLS)
-        rows = list(triton.figures(names, architectures or ARCHITECTURES, dtypes, sweep))
+        rows = list(triton.figures(names, architectures or ARCHITECTURES, dtypes, sweep, paper))
     of_cuda = (
         _cuda_rows(operators, architectures or CUDA_ARCHITECTURES, dtypes)
         if "cuda" in backends

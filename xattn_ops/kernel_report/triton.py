@@ -233,9 +233,11 @@ def figures(
     architectures: Sequence[str],
     dtypes: Sequence[str],
     sweep: bool = False,
+    paper: bool = False,
 ) -> Iterator[Figures]:
-    """Compile everything that these operators launch at the shapes of CALLS; with `sweep` also in
-    the neighbours of the shapes that the table of tiles has."""
+    """Compile everything that these operators launch at the shapes of CALLS, or with `paper` at
+    those of their papers; with `sweep` also in the neighbours of the shapes that the table of tiles
+    has."""
     from .._triton import INTERPRETED, recording
 
     if INTERPRETED:
@@ -244,6 +246,8 @@ def figures(
         for (name, call), dtype, architecture in itertools.product(
             CALLS[operator].items(), dtypes, architectures
         ):
+            if paper and not call.paper:
+                continue
             with recording(architecture) as launches:
                 call.run(DTYPES[dtype])
             unique = {launch.kernel.__name__: launch for launch in launches}
