@@ -123,10 +123,10 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.cases is False and not (instead or whole):
         raise ValueError("--no-cases leaves nothing to measure: add --models, say, or --sweep")
     names = list(dict.fromkeys(args.operators or cases.OPERATORS))
-    alone = not instead and (bool(args.operators) or not whole)
-    staged: list[str] = []
-    if alone if args.cases is None else args.cases:
-        staged += (case for name in names for case in cases.OPERATORS[name])
+    operators_too = args.cases
+    if operators_too is None:
+        operators_too = not instead and (bool(args.operators) or not whole)
+    staged = [case for name in names for case in cases.OPERATORS[name]] if operators_too else []
     if args.blocks:
         staged += dict.fromkeys(cases.BLOCKS[name] for name in names if name in cases.BLOCKS)
     models = args.models

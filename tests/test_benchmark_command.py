@@ -89,8 +89,8 @@ def test_a_cold_row_is_held_against_memory(monkeypatch):
 # ---- Devices -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused(capsys):
+def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["bench", "cpsa", "--device", "cuda"]) == 2
     assert "--device cuda needs a CUDA device that torch sees" in capsys.readouterr().err
 

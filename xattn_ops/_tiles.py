@@ -198,7 +198,7 @@ def until_it_fits(call: Callable[P, R]) -> Callable[P, R]:
 def shape(problem: Problem, kernel: str, architecture: str) -> Shape:
     """What the table has for a kernel, or that with smaller tiles where it did not fit."""
     found = _in_table(problem, kernel, architecture)
-    halvings = _halved.get((problem, architecture), 0)
+    halvings = _halved.get((problem, architecture), 0) if _halved else 0
     if not halvings:
         return found
     return Shape(found.warps, 1, max(min(found.edge, LEAST_EDGE), found.edge >> halvings))

@@ -56,12 +56,12 @@ def _cuda_rows(
     path = cuda.library()
     if path is None:
         return []
-
-    def wanted(kernel: str, dtype: str) -> bool:
-        named = not operators or any(kernel.startswith(operator) for operator in operators)
-        return named and dtype in ("", *dtypes)
-
-    return cuda.figures(path, architectures, wanted)
+    return [
+        row
+        for row in cuda.figures(path, architectures)
+        if row.dtype in ("", *dtypes)
+        if not operators or any(row.kernel.startswith(operator) for operator in operators)
+    ]
 
 
 def _print_triton(rows: Sequence[triton.Figures], console: Console) -> None:

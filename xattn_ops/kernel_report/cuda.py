@@ -10,7 +10,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,30 +49,24 @@ def kernels(path: Path) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def figures(
-    path: Path,
-    architectures: Collection[str],
-    wanted: Callable[[str, str], bool] = lambda kernel, dtype: True,
-    instructions: bool = True,
+    path: Path, architectures: Collection[str], instructions: bool = True
 ) -> list[CudaFigures]:
-    """The kernels in a library, for each of these architectures that it was built for.
+    """Every kernel in a library for each of these architectures that it was built for.
 
-    wanted: of the kernel's name and dtype, whether it is. instructions: count those of tensor cores
-    too, for which the whole library is disassembled: some 20 seconds an architecture.
+    instructions: count those of tensor cores too, for which the library is disassembled: some 20
+    seconds an architecture.
     """
     rows = []
     for architecture, of_one in kernels(path).items():
         if architecture not in architectures:
             continue
-        names = dict(zip(of_one, readable(of_one), strict=True))
-        names = {key: name for key, name in names.items() if wanted(name, _dtype(name))}
-        matrix = _matrix_instructions(path, architecture) if instructions and names else {}
-        for mangled, name in names.items():
-            numbers = of_one[mangled]
+        matrix = _matrix_instructions(path, architecture) if instructions else {}
+        for name, (mangled, numbers) in zip(readable(of_one), of_one.items(), strict=True):
             rows.append(
                 CudaFigures(
                     kernel=name,
                     architecture=architecture,
-                    dtype=_dtype(name),
+                    dtype=next((DTYPES[t] for t in re.findall(r"\w+", name) if t in DTYPES), ""),
                     registers=numbers["REG"],
                     stack=numbers["STACK"],
                     shared=numbers["SHARED"],
@@ -80,10 +74,6 @@ def figures(
                 )
             )
     return sorted(rows, key=lambda row: (row.kernel, int(row.architecture[3:].rstrip("a"))))
-
-
-def _dtype(kernel: str) -> str:
-    return next((DTYPES[t] for t in re.findall(r"\w+", kernel) if t in DTYPES), "")
 
 
 def _matrix_instructions(path: Path, architecture: str) -> dict[str, int]:
