@@ -49,7 +49,7 @@ ClsAttnArgs make_args(const ClsAttnTensors& in, const ClsAttnOptions& o) {
 
 // Stages [first, last), each on all threads.
 void run_stages(ClsAttnArgs& a, ClsAttnStage first, ClsAttnStage last) {
-  const ClsAttnKernels& kernels = select_clsattn_kernels();
+  const ClsAttnKernels& kernels = select_clsattn_kernels(a.dtype);
   Scratch workspace(kernels.workspace(a));
   a.workspace = workspace.get();
   for (int i = static_cast<int>(first); i < static_cast<int>(last); ++i) {

@@ -89,6 +89,9 @@ struct Type {
 // f(Type<storage type>) of a dtype.
 template <class F>
 void with_storage(Dtype dtype, F f) {
+#if defined(__AVX512BF16__)
+  f(Type<bf16>{});  // the only dtype that this ISA is built for, see isa.h
+#else
   switch (dtype) {
     case Dtype::kFloat32:
       return f(Type<float>{});
@@ -99,6 +102,7 @@ void with_storage(Dtype dtype, F f) {
     case Dtype::kFloat16:
       return f(Type<f16>{});
   }
+#endif
 }
 
 // Bytes of scratch that Pass<storage type>(args, no memory) counts, and its run(rest...) in them.

@@ -30,26 +30,24 @@ struct Bf16Pairs {
 };
 #endif
 
-// How tiles multiply bfloat16: in pairs where the CPU can.
+// How tiles multiply a storage type: bfloat16 in pairs where the CPU can.
+template <class S>
+struct PolicyOf {
+  using type = Single<typename ComputeOf<S>::type>;
+};
 #if defined(__AVX512BF16__)
-using Bf16Policy = Bf16Pairs;
-#else
-using Bf16Policy = Single<float>;
+template <>
+struct PolicyOf<bf16> {
+  using type = Bf16Pairs;
+};
 #endif
 
 // f(Type<storage type>, Type<policy>) of a dtype.
 template <class F>
 void with_policy(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(Type<float>{}, Type<Single<float>>{});
-    case Dtype::kFloat64:
-      return f(Type<double>{}, Type<Single<double>>{});
-    case Dtype::kBFloat16:
-      return f(Type<bf16>{}, Type<Bf16Policy>{});
-    case Dtype::kFloat16:
-      return f(Type<f16>{}, Type<Single<float>>{});
-  }
+  with_storage(dtype, [&](auto storage) {
+    f(storage, Type<typename PolicyOf<typename decltype(storage)::type>::type>{});
+  });
 }
 
 template <class M>

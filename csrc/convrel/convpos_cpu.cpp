@@ -54,7 +54,7 @@ Tensor convpos_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t 
   ConvPosArgs& a = call.args;
   Tensor out = empty_for(call.x, {a.batch, a.tokens(), a.channels});
   a.out = out.mutable_data_ptr();
-  const ConvPosKernels& kernels = select_convpos_kernels();
+  const ConvPosKernels& kernels = select_convpos_kernels(a.dtype);
   const int64_t bytes = kernels.forward_scratch(a);
   const int64_t units = a.batch * a.groups() * a.bands;
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> convpos_bwd(Tensor grad_out, Tensor x, Tensor
   Tensor grad_x = empty_for(call.x, {a.batch, a.tokens(), a.channels});
   a.out = grad_x.mutable_data_ptr();
 
-  const ConvPosKernels& kernels = select_convpos_kernels();
+  const ConvPosKernels& kernels = select_convpos_kernels(a.dtype);
   const int64_t bytes = kernels.backward_scratch(a);
   WeightGradients gradients(call.x, a.batch, a.groups(),
                             {call.weight.numel(), call.bias.has_value() ? a.channels : 0});

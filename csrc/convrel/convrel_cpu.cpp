@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> convrel_fwd(Tensor qkv, Tensor conv_weight,
   a.out = out.mutable_data_ptr();
   a.state = state.mutable_data_ptr();
 
-  const ConvRelKernels& kernels = select_convrel_kernels();
+  const ConvRelKernels& kernels = select_convrel_kernels(a.dtype);
   const int64_t bytes = kernels.forward_scratch(a);
   torch::stable::parallel_for(0, a.groups() * a.batch, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(bytes);
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> convrel_bwd(Tensor grad_out, Tensor qkv, Tens
   Tensor grad_qkv = empty_for(call.qkv, {a.batch, a.tokens(), 3 * a.channels()});
   a.grad_qkv = grad_qkv.mutable_data_ptr();
 
-  const ConvRelKernels& kernels = select_convrel_kernels();
+  const ConvRelKernels& kernels = select_convrel_kernels(a.dtype);
   const int64_t bytes = kernels.backward_scratch(a);
   WeightGradients gradients(call.qkv, a.batch, a.groups(),
                             {call.weight.numel(), call.bias.has_value() ? a.channels() : 0});

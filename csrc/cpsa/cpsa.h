@@ -73,7 +73,7 @@ struct CpsaKernels {
 //             values are then x itself.
 //   direct:   any number of heads, dropout. Queries, keys and values are computed.
 struct CpsaForm {
-  CpsaKernels float32, float64, bfloat16, float16;
+  const CpsaKernels* (*kernels)(Dtype);
 };
 
 }  // namespace xattn

@@ -218,13 +218,16 @@ struct Absorbed {
   static constexpr CpsaKernels kKernels = {plan, prepare, forward, backward, finish};
 };
 
+const CpsaKernels* kernels(Dtype dtype) {
+  const CpsaKernels* found = nullptr;
+  with_policy(dtype, [&](auto storage, auto policy) {
+    found = &Absorbed<typename decltype(storage)::type, typename decltype(policy)::type>::kKernels;
+  });
+  return found;
+}
+
 }  // namespace
 
-extern const CpsaForm cpsa_absorbed = {
-    Absorbed<float, Single<float>>::kKernels,
-    Absorbed<double, Single<double>>::kKernels,
-    Absorbed<bf16, Bf16Policy>::kKernels,
-    Absorbed<f16, Single<float>>::kKernels,
-};
+extern const CpsaForm cpsa_absorbed = {kernels};
 
 }  // namespace xattn::XATTN_ISA

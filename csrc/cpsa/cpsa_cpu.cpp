@@ -46,17 +46,8 @@ CpsaArgs make_args(const CpsaTensors& in, const CpsaOptions& o) {
 const CpsaKernels& kernels_for(const CpsaArgs& a) {
   // A single token's softmax is 1 whatever the number of heads.
   const bool absorbs = a.dropout_p == 0 && (a.heads == 1 || a.patches == 1);
-  const CpsaForm& form = absorbs ? select_cpsa_absorbed() : select_cpsa_direct();
-  switch (a.dtype) {
-    case Dtype::kFloat64:
-      return form.float64;
-    case Dtype::kBFloat16:
-      return form.bfloat16;
-    case Dtype::kFloat16:
-      return form.float16;
-    default:
-      return form.float32;
-  }
+  const CpsaForm& form = absorbs ? select_cpsa_absorbed(a.dtype) : select_cpsa_direct(a.dtype);
+  return *form.kernels(a.dtype);
 }
 
 Tensor new_like(const Tensor& t) {

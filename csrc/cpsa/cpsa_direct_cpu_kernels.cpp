@@ -240,13 +240,15 @@ struct Direct {
   static constexpr CpsaKernels kKernels = {plan, prepare, forward, backward, finish};
 };
 
+const CpsaKernels* kernels(Dtype dtype) {
+  const CpsaKernels* found = nullptr;
+  with_storage(dtype,
+               [&](auto storage) { found = &Direct<typename decltype(storage)::type>::kKernels; });
+  return found;
+}
+
 }  // namespace
 
-extern const CpsaForm cpsa_direct = {
-    Direct<float>::kKernels,
-    Direct<double>::kKernels,
-    Direct<bf16>::kKernels,
-    Direct<f16>::kKernels,
-};
+extern const CpsaForm cpsa_direct = {kernels};
 
 }  // namespace xattn::XATTN_ISA

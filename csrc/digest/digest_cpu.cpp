@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> digest_fwd(Tensor qkv, std::optional<Tensor> digest_k
   a.out = out.mutable_data_ptr();
   a.row_stats = row_stats.mutable_data_ptr();
 
-  const DigestKernels& kernels = select_digest_kernels();
+  const DigestKernels& kernels = select_digest_kernels(a.dtype);
   const int64_t bytes = kernels.forward_scratch(a);
   torch::stable::parallel_for(0, kernels.forward_items(a), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(bytes);
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> digest_bwd(
   a.grad_digest_kv = grad_digest_kv.mutable_data_ptr();
 
   set_splits(a);
-  const DigestKernels& kernels = select_digest_kernels();
+  const DigestKernels& kernels = select_digest_kernels(a.dtype);
   const bool split = a.splits > 1, table = in.bias_table.has_value() && a.units() > 0;
   const bool bias = a.digest_bias != nullptr && a.units() > 0;
   Tensor key_parts = empty_compute(

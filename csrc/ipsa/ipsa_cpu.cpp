@@ -60,7 +60,7 @@ Tensor ipsa_fwd(Tensor qkv, std::optional<Tensor> bias_table, std::optional<Tens
   Tensor out = empty_for(qkv, {a.batch, a.height, a.width, a.channels()});
   a.out = out.mutable_data_ptr();
 
-  const IpsaKernels& kernels = select_ipsa_kernels();
+  const IpsaKernels& kernels = select_ipsa_kernels(a.dtype);
   const int64_t bytes = kernels.forward_scratch(a);
   torch::stable::parallel_for(0, a.windows() * a.heads, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(bytes);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> ipsa_bwd(Tensor grad_out, Tensor qkv,
   auto* bins_data = static_cast<char*>(bins.mutable_data_ptr());
   auto* pads_data = static_cast<char*>(pads.mutable_data_ptr());
 
-  const IpsaKernels& kernels = select_ipsa_kernels();
+  const IpsaKernels& kernels = select_ipsa_kernels(a.dtype);
   const int64_t chunk_heads = (a.heads + cut.heads - 1) / cut.heads;
   const int64_t bytes = kernels.backward_scratch(a, chunk_heads);
   const int64_t chunks = a.windows() > 0 ? cut.count() : 0;
@@ -148,7 +148,7 @@ Tensor ipsa_pack_weight(Tensor weight) {
   STD_TORCH_CHECK(weight.dim() == 2 && dtype_of(weight) == Dtype::kFloat32,
                   "ipsa: a packed weight must be [N, K] float32");
   weight = torch::stable::contiguous(weight);
-  const IpsaKernels& kernels = select_ipsa_kernels();
+  const IpsaKernels& kernels = select_ipsa_kernels(Dtype::kFloat32);
   Tensor packed = empty_for(weight, {kernels.packed_size(weight.size(0), weight.size(1))});
   kernels.pack_weight(weight.const_data_ptr<float>(), weight.size(0), weight.size(1),
                       packed.mutable_data_ptr<float>());
@@ -169,7 +169,7 @@ Tensor ipsa_block_fwd(Tensor x, Tensor qkv_packed, std::optional<Tensor> qkv_bia
   block.map = make_geometry(x, 1, options);
   IpsaArgs& a = block.map;
   const int64_t C = a.channels();
-  const IpsaKernels& kernels = select_ipsa_kernels();
+  const IpsaKernels& kernels = select_ipsa_kernels(a.dtype);
   STD_TORCH_CHECK(a.dtype == Dtype::kFloat32, "ipsa: a block must be float32");
   STD_TORCH_CHECK(
       qkv_packed.is_contiguous() && qkv_packed.numel() == kernels.packed_size(3 * C, C) &&

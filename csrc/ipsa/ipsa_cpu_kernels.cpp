@@ -53,14 +53,22 @@ void backward(const IpsaArgs& a, const IpsaChunk& chunk, void* scratch) {
   dispatch(a, [&](auto type) { backward_chunk<typename decltype(type)::type>(a, chunk, scratch); });
 }
 
+// Of float32 alone.
+template <class F>
+void dispatch_block(const IpsaBlockArgs& block, F f) {
+  dispatch(block.map, [&](auto type) {
+    if constexpr (__is_same(typename decltype(type)::type::Storage, float)) f(type);
+  });
+}
+
 int64_t whole_block_scratch(const IpsaBlockArgs& block) {
   int64_t bytes = 0;
-  with_unit<float, Single<float>>(
-      block.map, [&](auto type) { bytes = block_scratch<typename decltype(type)::type>(block); });
+  dispatch_block(block,
+                 [&](auto type) { bytes = block_scratch<typename decltype(type)::type>(block); });
   return bytes;
 }
 void whole_block(const IpsaBlockArgs& block, int64_t begin, int64_t end, void* scratch) {
-  with_unit<float, Single<float>>(block.map, [&](auto type) {
+  dispatch_block(block, [&](auto type) {
     block_windows<typename decltype(type)::type>(block, begin, end, scratch);
   });
 }

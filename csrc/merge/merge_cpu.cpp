@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> merge_fwd(Tensor x, MaybeTensor merge_weight, Tensor 
   Tensor enhanced = empty_for(call.x, call.token_sizes());
   a.digests = digests.mutable_data_ptr();
   a.out = enhanced.mutable_data_ptr();
-  const MergeKernels& kernels = select_merge_kernels();
+  const MergeKernels& kernels = select_merge_kernels(a.dtype);
   const int64_t bytes = kernels.forward_scratch(a);
   const int64_t units = a.batch * a.groups() * a.bands;
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_bwd(
   Tensor grad_x = empty_for(call.x, call.token_sizes());
   a.out = grad_x.mutable_data_ptr();
 
-  const MergeKernels& kernels = select_merge_kernels();
+  const MergeKernels& kernels = select_merge_kernels(a.dtype);
   const int64_t bytes = kernels.backward_scratch(a);
   WeightGradients gradients(call.x, a.batch, a.groups(),
                             {call.merge.has_value() ? call.merge->numel() : 0, call.enhance.numel(),
