@@ -1,7 +1,7 @@
 // Some neighbouring channels of tokens: a row of vectors in scratch, a piece of a row in memory.
 #pragma once
 
-#include "simd.h"
+#include "loops.h"
 
 namespace xattn::XATTN_ISA {
 
@@ -39,6 +39,23 @@ struct ChannelGroup {
   // Channels in vector z.
   int64_t lanes(int64_t z) const { return min_of<int64_t>(L, channels - z * L); }
 
+  // Whether stream `index` of some is asked for at vector z: once for every cache line, and not all
+  // streams at one vector where a line holds more.
+  static constexpr bool asks(int64_t index, int64_t z) {
+    constexpr int64_t bytes = L * (int64_t)sizeof(S), line = bytes < 64 ? 64 / bytes : 1;
+    return z % line == index % line;
+  }
+
+  // use(lanes(z)), of a type that knows it where the vector is whole.
+  template <class F>
+  XATTN_MEMBER void with_lanes(int64_t z, F use) const {
+    if (lanes(z) == L) {
+      use(Int<L>{});
+    } else {
+      use(lanes(z));
+    }
+  }
+
   // use(z, t, values) for vector z of `count` tokens in memory, one vector of all tokens after the
   // other, so that what `use` keeps stays in registers.
   template <class F>
@@ -61,13 +78,19 @@ struct ChannelGroup {
       store(out + t * token + z * L, v);
     });
   }
+  // out[z][t] = vector z of `count` tokens in memory, lines of vectors `line` values apart.
+  void gather_lines(const S* from, int64_t from_stride, int64_t count, T* out, int64_t line) const {
+    for_vectors(from, from_stride, count, [=](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
+      store(out + z * line + t * L, v);
+    });
+  }
   // The same, asking for as many tokens after them: where nothing else is at hand to hide the
   // memory behind.
-  void gather_ahead(const S* from, int64_t from_stride, int64_t count, T* out) const {
-    const int64_t token = stride;
+  void gather_lines_ahead(const S* from, int64_t from_stride, int64_t count, T* out,
+                          int64_t line) const {
     for_vectors(from, from_stride, count, [=](int64_t z, int64_t t, auto v) XATTN_LAMBDA_INLINE {
       prefetch_line(from + (t + count) * from_stride + z * L);
-      store(out + t * token + z * L, v);
+      store(out + z * line + t * L, v);
     });
   }
   // Asks for `count` tokens.
@@ -86,11 +109,6 @@ struct ChannelGroup {
     }
     gather(from, from_stride, count, scratch);
     return {scratch, stride};
-  }
-
-  // Vector z of token t; lanes beyond the group are zero, or finite if the view is in scratch.
-  XATTN_MEMBER vec<T> get(const TokenView<T>& tokens, int64_t t, int64_t z) const {
-    return load_n(tokens.data + t * tokens.stride + z * L, channels - z * L);
   }
 
   // `count` tokens from one place in memory to another.

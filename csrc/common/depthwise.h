@@ -1,5 +1,5 @@
-// Depthwise convolutions over tokens on one core: lanes are channels, so a pixel is a row of
-// vectors, a tap is one vector of weights, and nothing is ever transposed.
+// Depthwise convolutions over tokens on one core: lanes are channels, so a tap is one vector of
+// weights and nothing is ever transposed.
 #pragma once
 
 #include "arena.h"
@@ -13,28 +13,32 @@ constexpr int kPixels = 7;
 // Pixels that one load of a weight gradient's input serves.
 constexpr int kGradPixels = 4;
 
-// The latest rows of an image in scratch, with zeros on all sides so that no tap needs a check.
-// A pixel is `stride` values; whole vectors may be read and written at any multiple of the lanes.
+// The latest rows of an image in scratch, with zeros on all sides so that no tap needs a check. A
+// row is a line of pixels for each vector of channels: the vectors of neighbours lie side by side,
+// so that what a window reads is at constant distances.
 template <class T>
 struct PaddedRows {
   static constexpr int L = Lanes<T>::n;
   T* data;
   T* zeros;          // a row outside the image
   const T** around;  // [margin + height + margin]: where each row begins, or the zeros
-  int64_t height, width, stride, margin, capacity, row_size;
+  T* convolved;      // a line of a convolution's results
+  int64_t height, width, line, margin, capacity, row_size;
 
-  // `ahead` rows are processed together, with windows of up to `largest`.
-  PaddedRows(Arena& arena, int64_t height, int64_t width, int64_t stride, int64_t largest,
+  // `ahead` rows are processed together, with windows of up to `largest`. A row is a vector longer
+  // than its lines, so that a window's rows do not share a set of the cache.
+  PaddedRows(Arena& arena, int64_t height, int64_t width, int64_t vectors, int64_t largest,
              int64_t ahead)
       : height(height),
         width(width),
-        stride(stride),
+        line((round_up(width, kPixels) + kGradPixels + 2 * (largest / 2)) * L),
         margin(largest / 2),
         capacity(min_of(height, ahead + 2 * (largest / 2))),
-        row_size((round_up(width, kPixels) + kGradPixels + 2 * (largest / 2)) * stride + L) {
+        row_size(vectors * line + L) {
     data = arena.take<T>(capacity * row_size);
     zeros = arena.take<T>(row_size);
     around = arena.take<const T*>(height + 2 * margin);
+    convolved = arena.take<T>(round_up(width, kPixels) * L);
   }
 
   // Once per scratch: rows are written inside the image alone.
@@ -45,12 +49,14 @@ struct PaddedRows {
     for (int64_t y = 0; y < height; ++y) around[margin + y] = data + (y % capacity) * row_size;
   }
 
-  // Pixel 0 of row y, which is in the image and among the latest.
-  T* row(int64_t y) const { return const_cast<T*>(around[margin + y]) + margin * stride; }
+  // Vector z of pixel 0 of row y, which is in the image and among the latest.
+  T* row(int64_t y, int64_t z = 0) const {
+    return const_cast<T*>(around[margin + y]) + z * line + margin * L;
+  }
 
-  // taps[ky] = where window row ky of the pixels of row y begins, for values from `first` on.
-  void find_taps(int64_t y, int64_t window, int64_t first, const T** taps) const {
-    const int64_t corner = (margin - window / 2) * stride + first;
+  // taps[ky] = where window row ky of the pixels of row y begins, for vector z.
+  void find_taps(int64_t y, int64_t window, int64_t z, const T** taps) const {
+    const int64_t corner = z * line + (margin - window / 2) * L;
     const T* const* top = around + margin + y - window / 2;
     for (int64_t ky = 0; ky < window; ++ky) taps[ky] = top[ky] + corner;
   }
@@ -65,82 +71,80 @@ struct PackedTaps {
   T* bias;  // [lanes]
 };
 
-// use(x, bias + sum over ky, kx of taps[ky][x + kx] * weights[ky][kx]) for every pixel of a row.
+// out[x] = bias + sum over ky, kx of taps[ky][x + kx] * weights[ky][kx] for the pixels of a row,
+// and for as many beyond it as fill the last kPixels. ahead(x) asks for memory that is needed
+// later.
 template <int kWindow, class T, class F>
-XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* taps, int64_t stride,
-                                  int64_t width, F use) {
+XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* taps, int64_t width,
+                                  T* out, F ahead) {
   constexpr int L = Lanes<T>::n;
   const int64_t window = kWindow ? kWindow : packed.window;
   const auto bias = load(packed.bias);
   for (int64_t x = 0; x < width; x += kPixels) {
     vec<T> acc[kPixels];
     XATTN_UNROLL
-    for (int p = 0; p < kPixels; ++p) acc[p] = bias;
+    for (int p = 0; p < kPixels; ++p) {
+      acc[p] = bias;
+      ahead(x + p);
+    }
     for (int64_t ky = 0; ky < window; ++ky) {
-      const T* in = taps[ky] + x * stride;
+      const T* in = taps[ky] + x * L;
       const T* weights = packed.weights + ky * window * L;
-#if defined(__AVX512F__) || defined(__aarch64__)
-      if constexpr (kWindow > 0) {  // registers enough to load every pixel once
-        vec<T> pixel[kPixels + kWindow - 1];
+      if constexpr (kWindow > 0) {  // sums, weights and a pixel fill 16 registers at a window of 7
+        vec<T> weight[kWindow];
         XATTN_UNROLL
-        for (int i = 0; i < kPixels + kWindow - 1; ++i) pixel[i] = load(in + i * stride);
+        for (int kx = 0; kx < kWindow; ++kx) weight[kx] = load(weights + kx * L);
         XATTN_UNROLL
-        for (int kx = 0; kx < kWindow; ++kx) {
+        for (int i = 0; i < kPixels + kWindow - 1; ++i) {
+          const auto pixel = load(in + i * L);
+          XATTN_UNROLL
+          for (int kx = 0; kx < kWindow; ++kx) {
+            if (i - kx >= 0 && i - kx < kPixels) acc[i - kx] += pixel * weight[kx];
+          }
+        }
+      } else {
+        for (int64_t kx = 0; kx < window; ++kx) {
           const auto weight = load(weights + kx * L);
           XATTN_UNROLL
-          for (int p = 0; p < kPixels; ++p) acc[p] += pixel[p + kx] * weight;
+          for (int p = 0; p < kPixels; ++p) acc[p] += load(in + (p + kx) * L) * weight;
         }
-        continue;
-      }
-#endif
-      for (int64_t kx = 0; kx < window; ++kx) {
-        const auto weight = load(weights + kx * L);
-        XATTN_UNROLL
-        for (int p = 0; p < kPixels; ++p) acc[p] += load(in + (p + kx) * stride) * weight;
       }
     }
-    if (x + kPixels <= width) {
-      XATTN_UNROLL
-      for (int p = 0; p < kPixels; ++p) use(x + p, acc[p]);
-    } else {
-      XATTN_UNROLL
-      for (int p = 0; p < kPixels - 1; ++p) {
-        if (x + p < width) use(x + p, acc[p]);
-      }
-    }
+    XATTN_UNROLL
+    for (int p = 0; p < kPixels; ++p) store(out + (x + p) * L, acc[p]);
   }
 }
 
 template <class T, class F>
-XATTN_INLINE void convolve_row(const PackedTaps<T>& packed, const T* const* taps, int64_t stride,
-                               int64_t width, F use) {
+__attribute__((noinline)) void convolve_row(const PackedTaps<T>& packed, const T* const* taps,
+                                            int64_t width, T* out, F ahead) {
   switch (packed.window) {
     case 3:
-      return convolve_row_of<3>(packed, taps, stride, width, use);
+      return convolve_row_of<3>(packed, taps, width, out, ahead);
     case 5:
-      return convolve_row_of<5>(packed, taps, stride, width, use);
+      return convolve_row_of<5>(packed, taps, width, out, ahead);
     case 7:
-      return convolve_row_of<7>(packed, taps, stride, width, use);
+      return convolve_row_of<7>(packed, taps, width, out, ahead);
     default:
-      return convolve_row_of<0>(packed, taps, stride, width, use);
+      return convolve_row_of<0>(packed, taps, width, out, ahead);
   }
 }
 
 // sums[ky][kx] += sum over x of grad[x] * taps[ky][x + kx], for window rows [ky, ky + kRows).
 template <int kWindow, int kRows, class T>
-XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t stride,
-                                       int64_t width, T* sums) {
+XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t width,
+                                       T* sums) {
   constexpr int L = Lanes<T>::n;
   vec<T> acc[kRows][kWindow] = {};
   for (int64_t x = 0; x < width; x += kGradPixels) {
     vec<T> g[kGradPixels];
     XATTN_UNROLL
-    for (int i = 0; i < kGradPixels; ++i) g[i] = load(grad + (x + i) * stride);
+    for (int i = 0; i < kGradPixels; ++i) g[i] = load(grad + (x + i) * L);
     XATTN_UNROLL
     for (int r = 0; r < kRows; ++r) {
       XATTN_UNROLL
       for (int j = 0; j < kWindow + kGradPixels - 1; ++j) {
-        const auto in = load(taps[r] + (x + j) * stride);
+        const auto in = load(taps[r] + (x + j) * L);
         XATTN_UNROLL
         for (int i = 0; i < kGradPixels; ++i) {
           if (j - i >= 0 && j - i < kWindow) acc[r][j - i] += g[i] * in;
@@ -168,34 +172,31 @@ constexpr int kTapRows = kWindow > 5 ? 1 : 10 / kWindow;
 #endif
 
 template <int kWindow, class T>
-XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t stride,
-                                       int64_t width, T* sums) {
+XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t width,
+                                       T* sums) {
   for_columns<kTapRows<kWindow>, 1>(kWindow, [&](auto rows, int64_t ky) XATTN_LAMBDA_INLINE {
-    add_tap_gradients_of<kWindow, decltype(rows)::value>(grad, taps + ky, stride, width,
+    add_tap_gradients_of<kWindow, decltype(rows)::value>(grad, taps + ky, width,
                                                          sums + ky * kWindow * Lanes<T>::n);
   });
 }
 
-// sums[ky][kx] += sum over the pixels of a row of grad[x] * taps[ky][x + kx]. `grad` is a row of a
-// PaddedRows: beyond the image it is zero. kStride: of a pixel, where it is known.
-template <int kStride = 0, class T>
+// sums[ky][kx] += sum over the pixels of a row of grad[x] * taps[ky][x + kx]. `grad` is a line of a
+// PaddedRows: beyond the image it is zero.
+template <class T>
 __attribute__((noinline)) void add_tap_gradients(int64_t window, const T* grad,
-                                                 const T* const* taps, int64_t pixel_stride,
-                                                 int64_t width, T* sums) {
-  const int64_t stride = kStride ? kStride : pixel_stride;
+                                                 const T* const* taps, int64_t width, T* sums) {
   switch (window) {
     case 3:
-      return add_tap_gradients_of<3>(grad, taps, stride, width, sums);
+      return add_tap_gradients_of<3>(grad, taps, width, sums);
     case 5:
-      return add_tap_gradients_of<5>(grad, taps, stride, width, sums);
+      return add_tap_gradients_of<5>(grad, taps, width, sums);
     case 7:
-      return add_tap_gradients_of<7>(grad, taps, stride, width, sums);
+      return add_tap_gradients_of<7>(grad, taps, width, sums);
     default:
       for (int64_t ky = 0; ky < window; ++ky) {
         for (int64_t kx = 0; kx < window; ++kx) {
-          const T* shifted[1] = {taps[ky] + kx * stride};
-          add_tap_gradients_of<1, 1>(grad, shifted, stride, width,
-                                     sums + (ky * window + kx) * Lanes<T>::n);
+          const T* shifted[1] = {taps[ky] + kx * Lanes<T>::n};
+          add_tap_gradients_of<1, 1>(grad, shifted, width, sums + (ky * window + kx) * Lanes<T>::n);
         }
       }
   }

@@ -126,11 +126,16 @@ struct GroupTaps {
     }
   }
 
-  // use(x, vector z of the convolution of `image` at pixel x) for row y.
+  // A line: vector z of the convolution of row y of `image`, whose line `line` it is. ahead(x) asks
+  // for memory, a pixel at a time, where the arithmetic hides it.
   template <class F>
-  XATTN_MEMBER void convolve(const PaddedRows<T>& image, int64_t y, int64_t z, F use) const {
-    image.find_taps(y, taps[z].window, z * L, rows);
-    convolve_row(taps[z], rows, image.stride, image.width, use);
+  const T* convolve(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line, F ahead) const {
+    image.find_taps(y, taps[z].window, line, rows);
+    convolve_row(taps[z], rows, image.width, image.convolved, ahead);
+    return image.convolved;
+  }
+  const T* convolve(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line) const {
+    return convolve(image, y, z, line, [](int64_t) XATTN_LAMBDA_INLINE {});
   }
 
   // Begins sums of gradients, with the windows of `weights`.
@@ -145,22 +150,20 @@ struct GroupTaps {
   // Adds row y of grad (*) image, where grad is the gradient of the convolution's output.
   void add_row(const PaddedRows<T>& image, const PaddedRows<T>& grad, int64_t y) const {
     for (int64_t z = 0; z < count(); ++z) {
-      image.find_taps(y, taps[z].window, z * L, rows);
-      add_tap_gradients(taps[z].window, grad.row(y) + z * L, rows, image.stride, image.width,
-                        taps[z].weights);
+      image.find_taps(y, taps[z].window, z, rows);
+      add_tap_gradients(taps[z].window, grad.row(y, z), rows, image.width, taps[z].weights);
     }
   }
   // Adds row y of grad to the sums of the bias.
   void add_bias_row(const PaddedRows<T>& grad, int64_t y) const {
-    for (int64_t z = 0; z < count(); ++z) add_bias(grad, y, z, z * L);
+    for (int64_t z = 0; z < count(); ++z) add_bias(grad.row(y, z), grad.width, z);
   }
-  // The same of vector z alone, which begins at `first` in a pixel.
-  void add_bias(const PaddedRows<T>& grad, int64_t y, int64_t z, int64_t first) const {
-    vec<T> sums[4] = {};  // four chains of additions
-    const T* row = grad.row(y) + first;
-    for (int64_t x = 0; x < grad.width; x += 4) {  // zeros beyond the row
+  // The same of vector z alone.
+  void add_bias(const T* line, int64_t width, int64_t z) const {
+    vec<T> sums[4] = {};                      // four chains of additions
+    for (int64_t x = 0; x < width; x += 4) {  // zeros beyond the row
       XATTN_UNROLL
-      for (int i = 0; i < 4; ++i) sums[i] += load(row + (x + i) * grad.stride);
+      for (int i = 0; i < 4; ++i) sums[i] += load(line + (x + i) * L);
     }
     store(taps[z].bias, load(taps[z].bias) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }

@@ -10,6 +10,7 @@ namespace xattn::XATTN_ISA {
 template <int N>
 struct Int {
   static constexpr int value = N;
+  constexpr operator int64_t() const { return N; }
 };
 
 template <class T>

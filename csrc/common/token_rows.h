@@ -29,7 +29,7 @@ struct TokenRows {
 
   TokenRows(Arena& arena, const ChannelGroup<S>& group, Tokens<S> from, int64_t height,
             int64_t width, int64_t largest_window)
-      : group(group), from(from), rows(arena, height, width, group.stride, largest_window, 1) {}
+      : group(group), from(from), rows(arena, height, width, group.vectors, largest_window, 1) {}
 
   // The next rows are those of `next_image`, from `first` on or as far before it as windows reach.
   void begin(int64_t next_image, int64_t first) {
@@ -39,8 +39,8 @@ struct TokenRows {
   // Rows up to what windows around row y reach.
   void reach(int64_t y) {
     for (; ready < min_of(rows.height, y + 1 + rows.margin); ++ready) {
-      group.gather_ahead(from.at(image, from.prefix + ready * rows.width, group.first),
-                         from.stride[1], rows.width, rows.row(ready));
+      group.gather_lines_ahead(from.at(image, from.prefix + ready * rows.width, group.first),
+                               from.stride[1], rows.width, rows.row(ready), rows.line);
     }
   }
   // The tokens before the image, to `out`.

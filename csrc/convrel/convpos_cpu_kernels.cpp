@@ -35,11 +35,12 @@ struct Encoding {
   void write_row(const GroupTaps<S>& taps, const PaddedRows<T>& rows, int64_t image,
                  int64_t y) const {
     S* to = out(image, args.prefix + y * args.width);
-    const T* row = rows.row(y);
     for (int64_t z = 0; z < group.vectors; ++z) {
-      taps.convolve(rows, y, z, [&](int64_t pixel, auto conv) XATTN_LAMBDA_INLINE {
-        const auto self = load(row + pixel * group.stride + z * L);
-        group.put(to + pixel * args.channels, z, self + conv);
+      const T *self = rows.row(y, z), *conv = taps.convolve(rows, y, z, z);
+      group.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
+        for (int64_t x = 0; x < args.width; ++x) {
+          store_n(to + x * args.channels + z * L, load(self + x * L) + load(conv + x * L), lanes);
+        }
       });
     }
   }

@@ -30,8 +30,8 @@ struct Backward {
         taps(g, a.conv, arena, real),
         flipped(g, a.conv, arena, real),
         sums(g, a.conv, arena, real),
-        values(arena, a.height, a.width, g.stride, a.conv.largest, g.rows),
-        relative(arena, taps.count() ? a.height : 0, a.width, g.stride, a.conv.largest, g.rows) {
+        values(arena, a.height, a.width, g.vectors, a.conv.largest, g.rows),
+        relative(arena, taps.count() ? a.height : 0, a.width, g.vectors, a.conv.largest, g.rows) {
     T** const of_tokens[] = {&queries, &grads, &keys, &product};
     for (T** each : of_tokens) *each = arena.take<T>(g.row_tokens() * g.stride + L);
     T** const of_channels[] = {&maximum, &inverse, &delta};
@@ -179,14 +179,14 @@ struct Backward {
   // Row y of v, and of E, whose sum is the gradient of the bias.
   void add_row(int64_t y) const {
     const int64_t first = g.token_of(y), width = g.args.width;
-    g.gather(g.qkv(kValue, first), g.args.qkv_stride[1], width, values.row(y));
+    g.gather_lines(g.qkv(kValue, first), g.args.qkv_stride[1], width, values.row(y), values.line);
     if (!taps.count()) return;
     const S* grad = g.grad_out(first);
     T* row = relative.row(y);
     g.for_vectors(g.qkv(kQuery, first), g.args.qkv_stride[1], width,
                   [&](int64_t z, int64_t x, auto q) XATTN_LAMBDA_INLINE {
                     const S* at = grad + x * g.args.grad_out_stride[1] + z * L;
-                    store(row + x * g.stride + z * L, q * load_n(at, g.channels - z * L));
+                    store(row + z * relative.line + x * L, q * load_n(at, g.channels - z * L));
                   });
     sums.add_bias_row(relative, y);
   }
@@ -195,33 +195,49 @@ struct Backward {
   // and below, where the arithmetic hides the memory.
   void add_to_queries(int64_t y, TokenView<T> sum, TokenView<T> grad) const {
     const int64_t token = g.args.qkv_stride[1], written = 3 * g.args.channels();
+    const int64_t width = g.args.width;
     const int64_t later = g.token_of(y + g.rows + values.margin);
     const S *next_q = g.qkv(kQuery, later), *next_v = g.qkv(kValue, later);
     S* out = g.grad_qkv(kQuery, g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
-      taps.convolve(values, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
-        prefetch_line(next_q + x * token + z * L);
-        prefetch_line(next_v + x * token + z * L);
-        prefetch_to_write(out + (x + g.args.width) * written + z * L);
-        g.put(out + x * written, z, g.get(sum, x, z) + g.get(grad, x, z) * conv);
+      const bool asks_q = g.asks(0, z), asks_v = g.asks(1, z), asks_out = g.asks(2, z);
+      const T* conv = taps.convolve(values, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
+        if (asks_q) prefetch_line(next_q + x * token + z * L);
+        if (asks_v) prefetch_line(next_v + x * token + z * L);
+        if (asks_out) prefetch_to_write(out + (x + width) * written + z * L);
+      });
+      g.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
+        for (int64_t x = 0; x < width; ++x) {
+          const auto by = load_n(grad.data + x * grad.stride + z * L, lanes);
+          const auto mixed = load(sum.data + x * sum.stride + z * L);
+          store_n(out + x * written + z * L, mixed + by * load(conv + x * L), lanes);
+        }
       });
     }
   }
 
   // dV = sum + transposed conv(E) of image row y.
   void add_to_values(int64_t y, TokenView<T> sum) const {
-    const int64_t token = g.args.qkv_stride[1], written = 3 * g.args.channels();
-    const int64_t grad_token = g.args.grad_out_stride[1];
+    const int64_t token = g.args.qkv_stride[1], channels = g.args.channels();
+    const int64_t written = 3 * channels;
+    const int64_t grad_token = g.args.grad_out_stride[1], width = g.args.width;
     const S* next_grad = g.grad_out(g.token_of(y + g.rows + values.margin));
     const S* next_k = g.qkv(kKey, g.token_of(y + g.rows));
     S* out = g.grad_qkv(kValue, g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
-      flipped.convolve(relative, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
-        prefetch_line(next_grad + x * grad_token + z * L);
-        prefetch_line(next_k + x * token + z * L);
-        prefetch_to_write(out + (x + g.args.width) * written + z * L);
-        prefetch_to_write(out + x * written - g.args.channels() + z * L);  // dK
-        g.put(out + x * written, z, g.get(sum, x, z) + conv);
+      const bool asks_grad = g.asks(0, z), asks_k = g.asks(1, z);
+      const bool asks_out = g.asks(2, z), asks_keys = g.asks(3, z);
+      const T* conv = flipped.convolve(relative, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
+        if (asks_grad) prefetch_line(next_grad + x * grad_token + z * L);
+        if (asks_k) prefetch_line(next_k + x * token + z * L);
+        if (asks_out) prefetch_to_write(out + (x + width) * written + z * L);
+        if (asks_keys) prefetch_to_write(out + x * written - channels + z * L);  // dK
+      });
+      g.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
+        for (int64_t x = 0; x < width; ++x) {
+          const auto mixed = load(sum.data + x * sum.stride + z * L);
+          store_n(out + x * written + z * L, mixed + load(conv + x * L), lanes);
+        }
       });
     }
   }

@@ -15,7 +15,7 @@ struct ContextPass {
   T *keys, *values;    // of a block: e^(k - maximum), v where it is copied
   T *maximum, *total;  // [stride]
   T* factor;           // [stride]: what a raised maximum leaves of the sums
-  T* context;          // [heads][D][columns of a head]
+  T* context;          // [heads][D][columns of a head]: the sums, in the end scale * context
 
   ContextPass(const Group<S>& g, Arena& arena) : g(g) {
     keys = arena.take<T>(g.block * g.stride + L);
@@ -39,58 +39,68 @@ struct ContextPass {
     for (int64_t z = 0; z < g.vectors; ++z) {
       store(factor + z * L, (T)1 / load(total + z * L));
     }
-    g.heads.scale_rows(factor, context);
-    write_state();
+    finish();
   }
 
  private:
+  static constexpr int kTogether = 4;  // vectors of k that are read together
   static constexpr T kLowest = sizeof(T) == 4 ? (T)-3e38 : (T)-1e308;
 
   void add_block(int64_t first, int64_t count) const {
     const int64_t token = g.args.qkv_stride[1];
     const S* k = g.qkv(kKey, first);
-    find_maximum(k, token, count);
-    raise_maximum();
-    add_exponentials(k, token, count);
+    read_keys(k, token, count);
+    raise_maximum(first == 0);
+    add_exponentials(k + count * token, token, count);
     // Where the last head's vectors end beyond it, v may not be read in place.
     const auto v = g.view(g.qkv(kValue, first), token, count, values, !g.heads.exact());
     g.heads.add_outer(count, {keys, g.stride}, v, context);
   }
 
-  // factor = the larger of `maximum` and the block's.
-  void find_maximum(const S* k, int64_t token, int64_t count) const {
-    for (int64_t z = 0; z < g.vectors; ++z) {
-      const bool whole = (z + 1) * L <= g.channels;
-      auto top = load(maximum + z * L);
+  // keys = k, factor = the larger of `maximum` and the block's.
+  void read_keys(const S* k, int64_t token, int64_t count) const {
+    const auto read = [&](auto size, int64_t first, auto lanes) XATTN_LAMBDA_INLINE {
+      constexpr int n = decltype(size)::value;
+      vec<T> top[n];
+      XATTN_UNROLL
+      for (int i = 0; i < n; ++i) top[i] = load(maximum + first + i * L);
       for (int64_t t = 0; t < count; ++t) {
-        const S* at = k + t * token + z * L;
-        top = vmax(top, whole ? load(at) : load_n(at, g.channels - z * L));
+        XATTN_UNROLL
+        for (int i = 0; i < n; ++i) {
+          const auto key = load_n(k + t * token + first + i * L, lanes);
+          store(keys + t * g.stride + first + i * L, key);
+          top[i] = vmax(top[i], key);
+        }
       }
-      store(factor + z * L, top);
-    }
+      XATTN_UNROLL
+      for (int i = 0; i < n; ++i) store(factor + first + i * L, top[i]);
+    };
+    // Two cache lines at a time.
+    const int64_t whole = g.channels / L;
+    for_blocks<kTogether>(
+        whole, [&](auto size, int64_t z) XATTN_LAMBDA_INLINE { read(size, z * L, Int<L>{}); });
+    if (whole < g.vectors) read(Int<1>{}, whole * L, g.channels - whole * L);
   }
 
-  // keys = e^(k - maximum), added to `total`.
-  void add_exponentials(const S* k, int64_t token, int64_t count) const {
+  // keys = e^(keys - maximum), added to `total`. Asks for the next block's k and v.
+  void add_exponentials(const S* next, int64_t token, int64_t count) const {
     for (int64_t z = 0; z < g.vectors; ++z) {
-      const bool whole = (z + 1) * L <= g.channels;
       const auto top = load(maximum + z * L);
       vec<T> sum{};
       for (int64_t t = 0; t < count; ++t) {
-        const S* at = k + t * token + z * L;
-        prefetch_line(at + count * token);  // the next block's k and v
-        prefetch_line(at + count * token + g.args.channels());
-        const auto key = whole ? load(at) : load_n(at, g.channels - z * L);
-        const auto e = exp2_for<S>((key - top) * (T)kLog2e);
-        store(keys + t * g.stride + z * L, e);
+        prefetch_line(next + t * token + z * L);
+        prefetch_line(next + t * token + z * L + g.args.channels());
+        T* key = keys + t * g.stride + z * L;
+        const auto e = exp2_for<S>((load(key) - top) * (T)kLog2e);
+        store(key, e);
         sum += e;
       }
       store(total + z * L, load(total + z * L) + sum);
     }
   }
 
-  // `factor` holds the new maxima; afterwards what they leave of the old sums.
-  void raise_maximum() const {
+  // `factor` holds the new maxima; afterwards what they leave of the old sums, if there are any.
+  void raise_maximum(bool initial) const {
     bool raised = false;
     for (int64_t z = 0; z < g.vectors; ++z) {
       const auto old = load(maximum + z * L), top = load(factor + z * L);
@@ -100,18 +110,25 @@ struct ContextPass {
       store(total + z * L, load(total + z * L) * left);
       raised |= sum_lanes(vec<T>(left < (T)1 ? vec<T>{} + (T)1 : vec<T>{})) > 0;
     }
-    if (raised) g.heads.scale_rows(factor, context);
+    if (raised && !initial) g.heads.scale_rows(factor, context);
   }
 
-  void write_state() const {
+  // The state from the sums, which become scale * context.
+  void finish() const {
     const int64_t dim = g.heads.dim;
+    const T scale = (T)g.args.scale;
     for (int64_t h = 0; h < g.heads.count; ++h) {
       T* state = g.state(h);
       for (int64_t i = 0; i < dim; ++i, state += dim + 2) {
-        const T* row = context + g.heads.at(h, i, 0);
-        for (int64_t j = 0; j < dim; j += L) store_n(state + j, load(row + j), dim - j);
+        T* row = context + g.heads.at(h, i, 0);
+        const T by = factor[h * dim + i];
+        for (int64_t j = 0; j < dim; j += L) {
+          const auto value = load_n(row + j, dim - j) * by;
+          store_n(state + j, value, dim - j);
+          store_n(row + j, value * scale, dim - j);
+        }
         state[dim] = maximum[h * dim + i];
-        state[dim + 1] = factor[h * dim + i];
+        state[dim + 1] = by;
       }
     }
   }
@@ -133,7 +150,7 @@ struct Forward {
       : g(a),
         context(g, arena),
         taps(g, a.conv, arena, memory != nullptr),
-        values(arena, taps.count() ? a.height : 0, a.width, g.stride, a.conv.largest, g.rows) {
+        values(arena, taps.count() ? a.height : 0, a.width, g.vectors, a.conv.largest, g.rows) {
     queries = arena.take<T>(g.row_tokens() * g.stride + L);
     mixed = arena.take<T>(g.row_tokens() * g.stride + L);
     bytes = arena.used();
@@ -149,19 +166,12 @@ struct Forward {
         taps.pack(false);
       }
       context.run();
-      fold_scale();
       mix_prefix();
       mix_image();
     }
   }
 
  private:
-  void fold_scale() const {
-    for (int64_t i = 0; i < g.heads.size(); i += L) {
-      store(context.context + i, load(context.context + i) * (T)g.args.scale);
-    }
-  }
-
   // `mixed` of tokens [first, first + count), whose q it returns.
   TokenView<T> mix(int64_t first, int64_t count) const {
     const auto q = g.view(g.qkv(kQuery, first), g.args.qkv_stride[1], count, queries);
@@ -196,8 +206,8 @@ struct Forward {
         continue;
       }
       for (; ready < min_of(g.args.height, y + count + values.margin); ++ready) {
-        g.gather(g.qkv(kValue, g.token_of(ready)), g.args.qkv_stride[1], g.args.width,
-                 values.row(ready));
+        g.gather_lines(g.qkv(kValue, g.token_of(ready)), g.args.qkv_stride[1], g.args.width,
+                       values.row(ready), values.line);
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t first = i * g.args.width;
@@ -209,16 +219,23 @@ struct Forward {
   // out = sum + q * conv(v) for one image row. What the next rows read and write is asked for here,
   // where the arithmetic hides the memory.
   void add_relative(int64_t y, TokenView<T> q, TokenView<T> sum) const {
-    const int64_t token = g.args.qkv_stride[1], channels = g.args.channels();
+    const int64_t token = g.args.qkv_stride[1], channels = g.args.channels(), width = g.args.width;
     const S* next_q = g.qkv(kQuery, g.token_of(y + g.rows));
     const S* next_v = g.qkv(kValue, g.token_of(y + g.rows + values.margin));
     S* out = g.out(g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
-      taps.convolve(values, y, z, [&](int64_t x, auto conv) XATTN_LAMBDA_INLINE {
-        prefetch_line(next_q + x * token + z * L);
-        prefetch_line(next_v + x * token + z * L);
-        prefetch_to_write(out + (x + g.args.width) * channels + z * L);
-        g.put(out + x * channels, z, g.get(sum, x, z) + g.get(q, x, z) * conv);
+      const bool asks_q = g.asks(0, z), asks_v = g.asks(1, z), asks_out = g.asks(2, z);
+      const T* conv = taps.convolve(values, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
+        if (asks_q) prefetch_line(next_q + x * token + z * L);
+        if (asks_v) prefetch_line(next_v + x * token + z * L);
+        if (asks_out) prefetch_to_write(out + (x + width) * channels + z * L);
+      });
+      g.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
+        for (int64_t x = 0; x < width; ++x) {
+          const auto query = load_n(q.data + x * q.stride + z * L, lanes);
+          const auto mixed = load(sum.data + x * sum.stride + z * L);
+          store_n(out + x * channels + z * L, mixed + query * load(conv + x * L), lanes);
+        }
       });
     }
   }

@@ -43,30 +43,12 @@ struct Merge {
   }
   // Pixel 0 of row y.
   S* out_row(int64_t y) const { return out(args.prefix + y * args.width); }
-
-  // use(put), where put(to, values) writes a token's vector: of known size where that is whole.
-  template <class F>
-  XATTN_MEMBER void with_put(F use) const {
-    if (lane.channels == L) {
-      use([](S* to, vec<T> v) XATTN_LAMBDA_INLINE { store(to, v); });
-    } else {
-      const int64_t lanes = lane.channels;
-      use([=](S* to, vec<T> v) XATTN_LAMBDA_INLINE { store_n(to, v, lanes); });
-    }
-  }
-
-  // use(pixel, values of the convolution) for row y.
-  template <class F>
-  XATTN_MEMBER static void convolve(const GroupTaps<S>& taps, int64_t z, const PaddedRows<T>& rows,
-                                    int64_t y, F use) {
-    rows.find_taps(y, taps.taps[z].window, 0, taps.rows);
-    convolve_row(taps.taps[z], taps.rows, L, rows.width, use);
-  }
 };
 
 template <class S>
 struct Forward : Merge<S> {
   using T = typename ComputeOf<S>::type;
+  static constexpr int L = Lanes<T>::n;
   using Merge<S>::args, Merge<S>::group, Merge<S>::lane, Merge<S>::image;
   TokenRows<S> x;
   GroupTaps<S> merge, enhance;
@@ -113,11 +95,11 @@ struct Forward : Merge<S> {
 
   void enhance_row(int64_t z, int64_t y) const {
     S* const to = this->out_row(y);
-    const int64_t channels = args.channels;
-    this->with_put([&](auto put) XATTN_LAMBDA_INLINE {
-      this->convolve(enhance, z, x.rows, y, [=](int64_t pixel, auto v) XATTN_LAMBDA_INLINE {
-        put(to + pixel * channels, v);
-      });
+    const T* const line = enhance.convolve(x.rows, y, z, 0);
+    lane.with_lanes(0, [&](auto lanes) XATTN_LAMBDA_INLINE {
+      for (int64_t pixel = 0; pixel < args.width; ++pixel) {
+        store_n(to + pixel * args.channels, load(line + pixel * L), lanes);
+      }
     });
   }
 
@@ -222,23 +204,19 @@ struct Backward : Merge<S> {
   void add_enhance_row(int64_t z, int64_t y) const {
     const PackedTaps<T>& sums = enhance_sums.taps[z];
     x.rows.find_taps(y, sums.window, 0, enhance.rows);
-    add_tap_gradients<L>(sums.window, grads.rows.row(y), enhance.rows, L, args.width, sums.weights);
-    enhance_sums.add_bias(grads.rows, y, z, 0);
+    add_tap_gradients(sums.window, grads.rows.row(y), enhance.rows, args.width, sums.weights);
+    enhance_sums.add_bias(grads.rows.row(y), args.width, z);
   }
 
   // Row y of the gradient of x.
   void write_row(int64_t z, int64_t y) const {
     S* const to = this->out_row(y);
     const T* const more = merged + args.merge.largest / 2 * L;
-    const int64_t channels = args.channels;
-    this->with_put([&](auto put) XATTN_LAMBDA_INLINE {
-      const auto write = [=](int64_t pixel, auto v) XATTN_LAMBDA_INLINE {
-        put(to + pixel * channels, v + load(more + pixel * L));
-      };
-      if (enhancing) {
-        this->convolve(enhance, z, grads.rows, y, write);
-      } else {
-        for (int64_t pixel = 0; pixel < args.width; ++pixel) write(pixel, vec<T>{});
+    const T* const line = enhancing ? enhance.convolve(grads.rows, y, z, 0) : nullptr;
+    lane.with_lanes(0, [&](auto lanes) XATTN_LAMBDA_INLINE {
+      for (int64_t pixel = 0; pixel < args.width; ++pixel) {
+        const auto v = line ? load(line + pixel * L) : vec<T>{};
+        store_n(to + pixel * args.channels, v + load(more + pixel * L), lanes);
       }
     });
   }
