@@ -206,13 +206,7 @@ struct Backward {
         if (asks_v) prefetch_line(next_v + x * token + z * L);
         if (asks_out) prefetch_to_write(out + (x + width) * written + z * L);
       });
-      g.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
-        for (int64_t x = 0; x < width; ++x) {
-          const auto by = load_n(grad.data + x * grad.stride + z * L, lanes);
-          const auto mixed = load(sum.data + x * sum.stride + z * L);
-          store_n(out + x * written + z * L, mixed + by * load(conv + x * L), lanes);
-        }
-      });
+      g.write_relative(z, sum, grad, conv, out, written);
     }
   }
 

@@ -230,13 +230,7 @@ struct Forward {
         if (asks_v) prefetch_line(next_v + x * token + z * L);
         if (asks_out) prefetch_to_write(out + (x + width) * channels + z * L);
       });
-      g.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
-        for (int64_t x = 0; x < width; ++x) {
-          const auto query = load_n(q.data + x * q.stride + z * L, lanes);
-          const auto mixed = load(sum.data + x * sum.stride + z * L);
-          store_n(out + x * channels + z * L, mixed + query * load(conv + x * L), lanes);
-        }
-      });
+      g.write_relative(z, sum, q, conv, out, channels);
     }
   }
 };

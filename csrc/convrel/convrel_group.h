@@ -58,6 +58,18 @@ struct Group : ChannelGroup<S> {
     return static_cast<S*>(args.grad_qkv) +
            ((image * args.tokens() + token) * 3 + part) * args.channels() + first;
   }
+  // out[x] = sum[x] + by[x] * conv[x] for vector z of an image row; conv is a line, out's pixels
+  // are `out_stride` apart.
+  XATTN_MEMBER void write_relative(int64_t z, TokenView<T> sum, TokenView<T> by, const T* conv,
+                                   S* out, int64_t out_stride) const {
+    this->with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
+      for (int64_t x = 0; x < args.width; ++x) {
+        const auto factor = load_n(by.data + x * by.stride + z * L, lanes);
+        const auto value = load(sum.data + x * sum.stride + z * L) + factor * load(conv + x * L);
+        store_n(out + x * out_stride + z * L, value, lanes);
+      }
+    });
+  }
   // Of one head: [head_dim][head_dim + 2].
   T* state(int64_t h) const {
     const int64_t at = image * args.heads + index * heads.count + h;
