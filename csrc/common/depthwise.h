@@ -71,12 +71,11 @@ struct PackedTaps {
   T* bias;  // [lanes]
 };
 
-// out[x] = bias + sum over ky, kx of taps[ky][x + kx] * weights[ky][kx] for the pixels of a row,
-// and for as many beyond it as fill the last kPixels. ahead(x) asks for memory that is needed
-// later.
-template <int kWindow, class T, class F>
+// use(x, bias + sum over ky, kx of taps[ky][x + kx] * weights[ky][kx]) for every pixel of a row.
+// ahead(x) asks for memory that is needed later.
+template <int kWindow, class T, class F, class G>
 XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* taps, int64_t width,
-                                  T* out, F ahead) {
+                                  F use, G ahead) {
   constexpr int L = Lanes<T>::n;
   const int64_t window = kWindow ? kWindow : packed.window;
   const auto bias = load(packed.bias);
@@ -110,24 +109,39 @@ XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* t
         }
       }
     }
-    XATTN_UNROLL
-    for (int p = 0; p < kPixels; ++p) store(out + (x + p) * L, acc[p]);
+    if (x + kPixels <= width) {  // without conditions, which the sums would be put off behind
+      XATTN_UNROLL
+      for (int p = 0; p < kPixels; ++p) use(x + p, acc[p]);
+    } else {
+      XATTN_UNROLL
+      for (int p = 0; p < kPixels - 1; ++p) {
+        if (x + p < width) use(x + p, acc[p]);
+      }
+    }
   }
 }
 
-template <class T, class F>
-__attribute__((noinline)) void convolve_row(const PackedTaps<T>& packed, const T* const* taps,
-                                            int64_t width, T* out, F ahead) {
+template <class T, class F, class G>
+XATTN_INLINE void convolve_row(const PackedTaps<T>& packed, const T* const* taps, int64_t width,
+                               F use, G ahead) {
   switch (packed.window) {
     case 3:
-      return convolve_row_of<3>(packed, taps, width, out, ahead);
+      return convolve_row_of<3>(packed, taps, width, use, ahead);
     case 5:
-      return convolve_row_of<5>(packed, taps, width, out, ahead);
+      return convolve_row_of<5>(packed, taps, width, use, ahead);
     case 7:
-      return convolve_row_of<7>(packed, taps, width, out, ahead);
+      return convolve_row_of<7>(packed, taps, width, use, ahead);
     default:
-      return convolve_row_of<0>(packed, taps, width, out, ahead);
+      return convolve_row_of<0>(packed, taps, width, use, ahead);
   }
+}
+
+// The same to a line of pixels, with room for whole kPixels of them.
+template <class T, class F>
+__attribute__((noinline)) void convolve_line(const PackedTaps<T>& packed, const T* const* taps,
+                                             int64_t width, T* out, F ahead) {
+  const auto keep = [=](int64_t x, auto v) XATTN_LAMBDA_INLINE { store(out + x * Lanes<T>::n, v); };
+  convolve_row(packed, taps, round_up(width, kPixels), keep, ahead);
 }
 
 // sums[ky][kx] += sum over x of grad[x] * taps[ky][x + kx], for window rows [ky, ky + kRows).

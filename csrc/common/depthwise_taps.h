@@ -126,16 +126,21 @@ struct GroupTaps {
     }
   }
 
-  // A line: vector z of the convolution of row y of `image`, whose line `line` it is. ahead(x) asks
-  // for memory, a pixel at a time, where the arithmetic hides it.
+  // use(x, vector z of the convolution at pixel x) for row y of `image`, whose line `line` it is.
   template <class F>
-  const T* convolve(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line, F ahead) const {
+  XATTN_MEMBER void convolve(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line,
+                             F use) const {
     image.find_taps(y, taps[z].window, line, rows);
-    convolve_row(taps[z], rows, image.width, image.convolved, ahead);
-    return image.convolved;
+    convolve_row(taps[z], rows, image.width, use, [](int64_t) XATTN_LAMBDA_INLINE {});
   }
-  const T* convolve(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line) const {
-    return convolve(image, y, z, line, [](int64_t) XATTN_LAMBDA_INLINE {});
+  // The same as a line, for windows that leave `use` no registers. ahead(x) asks for memory, a
+  // pixel at a time, where the arithmetic hides it.
+  template <class F>
+  const T* convolve_line(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line,
+                         F ahead) const {
+    image.find_taps(y, taps[z].window, line, rows);
+    XATTN_ISA::convolve_line(taps[z], rows, image.width, image.convolved, ahead);
+    return image.convolved;
   }
 
   // Begins sums of gradients, with the windows of `weights`.

@@ -34,13 +34,14 @@ struct Encoding {
   // out = rows + convolution of rows, at row y.
   void write_row(const GroupTaps<S>& taps, const PaddedRows<T>& rows, int64_t image,
                  int64_t y) const {
-    S* to = out(image, args.prefix + y * args.width);
+    const int64_t channels = args.channels;
     for (int64_t z = 0; z < group.vectors; ++z) {
-      const T *self = rows.row(y, z), *conv = taps.convolve(rows, y, z, z);
+      S* const to = out(image, args.prefix + y * args.width) + z * L;
+      const T* const self = rows.row(y, z);
       group.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
-        for (int64_t x = 0; x < args.width; ++x) {
-          store_n(to + x * args.channels + z * L, load(self + x * L) + load(conv + x * L), lanes);
-        }
+        taps.convolve(rows, y, z, z, [=](int64_t x, auto v) XATTN_LAMBDA_INLINE {
+          store_n(to + x * channels, load(self + x * L) + v, lanes);
+        });
       });
     }
   }

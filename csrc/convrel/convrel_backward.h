@@ -201,7 +201,7 @@ struct Backward {
     S* out = g.grad_qkv(kQuery, g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
       const bool asks_q = g.asks(0, z), asks_v = g.asks(1, z), asks_out = g.asks(2, z);
-      const T* conv = taps.convolve(values, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
+      const T* conv = taps.convolve_line(values, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
         if (asks_q) prefetch_line(next_q + x * token + z * L);
         if (asks_v) prefetch_line(next_v + x * token + z * L);
         if (asks_out) prefetch_to_write(out + (x + width) * written + z * L);
@@ -221,7 +221,7 @@ struct Backward {
     for (int64_t z = 0; z < g.vectors; ++z) {
       const bool asks_grad = g.asks(0, z), asks_k = g.asks(1, z);
       const bool asks_out = g.asks(2, z), asks_keys = g.asks(3, z);
-      const T* conv = flipped.convolve(relative, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
+      const T* conv = flipped.convolve_line(relative, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
         if (asks_grad) prefetch_line(next_grad + x * grad_token + z * L);
         if (asks_k) prefetch_line(next_k + x * token + z * L);
         if (asks_out) prefetch_to_write(out + (x + width) * written + z * L);

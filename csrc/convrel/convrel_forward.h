@@ -225,7 +225,7 @@ struct Forward {
     S* out = g.out(g.token_of(y));
     for (int64_t z = 0; z < g.vectors; ++z) {
       const bool asks_q = g.asks(0, z), asks_v = g.asks(1, z), asks_out = g.asks(2, z);
-      const T* conv = taps.convolve(values, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
+      const T* conv = taps.convolve_line(values, y, z, z, [=](int64_t x) XATTN_LAMBDA_INLINE {
         if (asks_q) prefetch_line(next_q + x * token + z * L);
         if (asks_v) prefetch_line(next_v + x * token + z * L);
         if (asks_out) prefetch_to_write(out + (x + width) * channels + z * L);

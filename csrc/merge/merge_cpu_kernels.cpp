@@ -95,11 +95,11 @@ struct Forward : Merge<S> {
 
   void enhance_row(int64_t z, int64_t y) const {
     S* const to = this->out_row(y);
-    const T* const line = enhance.convolve(x.rows, y, z, 0);
+    const int64_t channels = args.channels;
     lane.with_lanes(0, [&](auto lanes) XATTN_LAMBDA_INLINE {
-      for (int64_t pixel = 0; pixel < args.width; ++pixel) {
-        store_n(to + pixel * args.channels, load(line + pixel * L), lanes);
-      }
+      enhance.convolve(x.rows, y, z, 0, [=](int64_t pixel, auto v) XATTN_LAMBDA_INLINE {
+        store_n(to + pixel * channels, v, lanes);
+      });
     });
   }
 
@@ -212,11 +212,15 @@ struct Backward : Merge<S> {
   void write_row(int64_t z, int64_t y) const {
     S* const to = this->out_row(y);
     const T* const more = merged + args.merge.largest / 2 * L;
-    const T* const line = enhancing ? enhance.convolve(grads.rows, y, z, 0) : nullptr;
+    const int64_t channels = args.channels;
     lane.with_lanes(0, [&](auto lanes) XATTN_LAMBDA_INLINE {
-      for (int64_t pixel = 0; pixel < args.width; ++pixel) {
-        const auto v = line ? load(line + pixel * L) : vec<T>{};
-        store_n(to + pixel * args.channels, v + load(more + pixel * L), lanes);
+      const auto put = [=](int64_t pixel, auto v) XATTN_LAMBDA_INLINE {
+        store_n(to + pixel * channels, v + load(more + pixel * L), lanes);
+      };
+      if (enhancing) {
+        enhance.convolve(grads.rows, y, z, 0, put);
+      } else {
+        for (int64_t pixel = 0; pixel < args.width; ++pixel) put(pixel, vec<T>{});
       }
     });
   }
