@@ -86,6 +86,7 @@ XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* t
       acc[p] = bias;
       ahead(x + p);
     }
+    XATTN_ROLLED  // or values are spilled for a next row
     for (int64_t ky = 0; ky < window; ++ky) {
       const T* in = taps[ky] + x * L;
       const T* weights = packed.weights + ky * window * L;

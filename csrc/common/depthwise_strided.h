@@ -131,19 +131,19 @@ XATTN_INLINE void write_transposed_of(const T* weights, int64_t row_step, const 
   for (int k = 0; k < kWindow - kStep; ++k) store(out + (count * kStep + k) * L, acc[k]);
 }
 
-// out = row y of the gradient of the image, of the gradients `grads` of the results. `first`: the
-// first row of results whose window reaches y. `rows` has room for as many pointers as a window
-// has rows. Pixel 0 is at out + (window / 2) * lanes, and as much as windows reach is written
-// before and behind the row.
+// out = row y of the gradient of the image, of vector z of the gradients `grads` of the results.
+// `first`: the first row of results whose window reaches y. `rows` has room for as many pointers as
+// a window has rows. Pixel 0 is at out + (window / 2) * lanes, and as much as windows reach is
+// written before and behind the row.
 template <class T>
 __attribute__((noinline)) void transpose_row(const PackedTaps<T>& packed,
-                                             const PaddedRows<T>& grads, int64_t first, int64_t y,
-                                             int64_t step, const T** rows, T* out) {
+                                             const PaddedRows<T>& grads, int64_t z, int64_t first,
+                                             int64_t y, int64_t step, const T** rows, T* out) {
   constexpr int L = Lanes<T>::n;
   const int64_t window = packed.window, radius = window / 2, count = grads.width;
   int64_t found = 0;
   for (int64_t row = first; row < grads.height && row * step - radius <= y; ++row) {
-    rows[found++] = grads.row(row);
+    rows[found++] = grads.row(row, z);
   }
   // The window rows of `rows` at row y, from the first on upwards.
   const T* weights = packed.weights + (y + radius - first * step) * window * L;

@@ -20,6 +20,7 @@
 #define XATTN_LAMBDA_INLINE __attribute__((always_inline))
 #define XATTN_MEMBER inline __attribute__((always_inline))
 #define XATTN_UNROLL _Pragma("GCC unroll 16")
+#define XATTN_ROLLED _Pragma("GCC unroll 1")
 
 namespace xattn::XATTN_ISA {
 

@@ -1,10 +1,9 @@
 // Token merge and enhancement on one core of the CPU, forward and backward, for one ISA.
 //
-// One vector of channels of an image at a time goes through a ring of padded rows, which serves
-// both convolutions; lanes are channels, so the token layout is used as it is, and a pixel in
-// scratch is one vector, so that the ring stays in the first cache and its addresses are constants.
-// The gradient of x is the enhancement's pass over its gradient with the taps flipped, plus what
-// every pixel takes of the few windows of the merge that reach it.
+// A cache line of channels of an image at a time goes through a ring of padded rows, which serves
+// both convolutions and stays in the first cache; lanes are channels, so the token layout is used
+// as it is. The gradient of x is the enhancement's pass over its gradient with the taps flipped,
+// plus what every pixel takes of the few windows of the merge that reach it.
 #include "common/depthwise_strided.h"
 #include "common/depthwise_taps.h"
 #include "common/token_rows.h"
@@ -18,28 +17,24 @@ struct Merge {
   using T = typename ComputeOf<S>::type;
   static constexpr int L = Lanes<T>::n;
   const MergeArgs& args;
-  ChannelGroup<S> group, lane;  // lane: one vector of the group
+  ChannelGroup<S> group;
   int64_t image = 0;
 
-  explicit Merge(const MergeArgs& a)
-      : args(a), group(a.group_channels, a.group_channels), lane(L, L) {}
+  explicit Merge(const MergeArgs& a) : args(a), group(a.group_channels, a.group_channels) {}
 
   // Rows of the image, for windows of up to `largest`.
   TokenRows<S> rows_of(const void* data, const int64_t* stride, int64_t largest,
                        Arena& arena) const {
-    return TokenRows<S>(arena, lane, {static_cast<const S*>(data), stride, args.prefix},
+    return TokenRows<S>(arena, group, {static_cast<const S*>(data), stride, args.prefix},
                         args.height, args.width, largest);
   }
   int64_t largest() const { return max_of(args.merge.largest, args.enhance.largest); }
 
   void select_group(int64_t index) { group.select(index, args.group_channels, args.channels); }
-  void select_lane(int64_t z) {
-    lane.first = group.first + z * L;
-    lane.channels = group.lanes(z);
-  }
 
   S* out(int64_t token) const {
-    return static_cast<S*>(args.out) + (image * args.tokens() + token) * args.channels + lane.first;
+    return static_cast<S*>(args.out) + (image * args.tokens() + token) * args.channels +
+           group.first;
   }
   // Pixel 0 of row y.
   S* out_row(int64_t y) const { return out(args.prefix + y * args.width); }
@@ -49,7 +44,7 @@ template <class S>
 struct Forward : Merge<S> {
   using T = typename ComputeOf<S>::type;
   static constexpr int L = Lanes<T>::n;
-  using Merge<S>::args, Merge<S>::group, Merge<S>::lane, Merge<S>::image;
+  using Merge<S>::args, Merge<S>::group, Merge<S>::image;
   TokenRows<S> x;
   GroupTaps<S> merge, enhance;
   int64_t bytes;
@@ -74,30 +69,31 @@ struct Forward : Merge<S> {
         enhance.pack(false);
         packed = index;
       }
-      for (int64_t z = 0; z < group.vectors; ++z) {
-        this->select_lane(z);
-        run(z, band * args.height / args.bands, (band + 1) * args.height / args.bands);
-      }
+      run_band(band * args.height / args.bands, (band + 1) * args.height / args.bands);
     }
   }
 
-  // Rows [first, last) of vector z.
-  void run(int64_t z, int64_t first, int64_t last) {
+  // Rows [first, last).
+  void run_band(int64_t first, int64_t last) {
     x.begin(image, first);
     if (first == 0) x.copy_prefix(this->out(0), args.channels);
     int64_t merged = (first + args.stride - 1) / args.stride;
     for (int64_t y = first; y < last; ++y) {
       x.reach(y);
-      enhance_row(z, y);
-      if (merge.count() && y == merged * args.stride) merge_row(z, merged++);
+      const bool merges = merge.count() && y == merged * args.stride;
+      for (int64_t z = 0; z < group.vectors; ++z) {
+        enhance_row(z, y);
+        if (merges) merge_row(z, merged);
+      }
+      merged += merges;
     }
   }
 
   void enhance_row(int64_t z, int64_t y) const {
-    S* const to = this->out_row(y);
+    S* const to = this->out_row(y) + z * L;
     const int64_t channels = args.channels;
-    lane.with_lanes(0, [&](auto lanes) XATTN_LAMBDA_INLINE {
-      enhance.convolve(x.rows, y, z, 0, [=](int64_t pixel, auto v) XATTN_LAMBDA_INLINE {
+    group.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
+      enhance.convolve(x.rows, y, z, z, [=](int64_t pixel, auto v) XATTN_LAMBDA_INLINE {
         store_n(to + pixel * channels, v, lanes);
       });
     });
@@ -106,11 +102,11 @@ struct Forward : Merge<S> {
   // Row y of the digests.
   void merge_row(int64_t z, int64_t y) const {
     const int64_t first = (image * args.merged_height() + y) * args.merged_width();
-    S* to = static_cast<S*>(args.digests) + first * args.channels + lane.first;
-    x.rows.find_taps(y * args.stride, merge.taps[z].window, 0, merge.rows);
+    S* to = static_cast<S*>(args.digests) + first * args.channels + group.first;
+    x.rows.find_taps(y * args.stride, merge.taps[z].window, z, merge.rows);
     convolve_strided(merge.taps[z], merge.rows, args.stride, args.merged_width(),
                      [&](int64_t pixel, auto v)
-                         XATTN_LAMBDA_INLINE { lane.put(to + pixel * args.channels, 0, v); });
+                         XATTN_LAMBDA_INLINE { group.put(to + pixel * args.channels, z, v); });
   }
 };
 
@@ -118,7 +114,7 @@ template <class S>
 struct Backward : Merge<S> {
   using T = typename ComputeOf<S>::type;
   static constexpr int L = Lanes<T>::n;
-  using Merge<S>::args, Merge<S>::group, Merge<S>::lane, Merge<S>::image;
+  using Merge<S>::args, Merge<S>::group, Merge<S>::image;
   const bool merging, enhancing;   // whether the outputs have gradients
   TokenRows<S> x, digests, grads;  // grads: of the enhanced tokens
   GroupTaps<S> merge, merge_sums, enhance, enhance_sums;
@@ -131,7 +127,7 @@ struct Backward : Merge<S> {
         merging(a.grad_digests != nullptr),
         enhancing(a.grad_enhanced != nullptr),
         x(this->rows_of(a.x, a.x_stride, this->largest(), arena)),
-        digests(arena, lane, {static_cast<const S*>(a.grad_digests), a.grad_digests_stride, 0},
+        digests(arena, group, {static_cast<const S*>(a.grad_digests), a.grad_digests_stride, 0},
                 a.merged_height(), a.merged_width(), transposed_window(a.merge.largest, a.stride)),
         grads(this->rows_of(a.grad_enhanced, a.grad_enhanced_stride, a.enhance.largest, arena)),
         merge(group, a.merge, arena, real),
@@ -155,10 +151,7 @@ struct Backward : Merge<S> {
       merge_sums.clear(merge);
       enhance_sums.clear(enhance);
       for (image = chunks[i].image_begin; image < chunks[i].image_end; ++image) {
-        for (int64_t z = 0; z < group.vectors; ++z) {
-          this->select_lane(z);
-          run(z);
-        }
+        run_image();
       }
       merge_sums.write(static_cast<T*>(chunks[i].grad_merge), nullptr);
       enhance_sums.write(static_cast<T*>(chunks[i].grad_enhance),
@@ -166,59 +159,62 @@ struct Backward : Merge<S> {
     }
   }
 
-  // Vector z of an image.
-  void run(int64_t z) {
+  void run_image() {
     x.begin(image, 0);
     digests.begin(image, 0);
     grads.begin(image, 0);
     if (enhancing) {
       grads.copy_prefix(this->out(0), args.channels);
     } else {
-      for (int64_t t = 0; t < args.prefix; ++t) lane.put(this->out(t), 0, vec<T>{});
+      for (int64_t t = 0; t < args.prefix; ++t) {
+        for (int64_t z = 0; z < group.vectors; ++z) group.put(this->out(t), z, vec<T>{});
+      }
     }
     int64_t next = 0;   // row of the digests
     int64_t first = 0;  // that reaches row y
     for (int64_t y = 0; y < args.height; ++y) {
       x.reach(y);
-      if (merging) {
-        digests.reach(next);
-        if (y == next * args.stride) add_merge_row(z, next++);
-        if (first * args.stride + args.merge.largest / 2 < y) ++first;
-        transpose_row(merge.taps[z], digests.rows, first, y, args.stride, merge.rows, merged);
+      if (merging) digests.reach(next);
+      if (enhancing) grads.reach(y);
+      const bool merges = merging && y == next * args.stride;
+      if (first * args.stride + args.merge.largest / 2 < y) ++first;
+      for (int64_t z = 0; z < group.vectors; ++z) {
+        if (merges) add_merge_row(z, next);
+        if (merging) {
+          transpose_row(merge.taps[z], digests.rows, z, first, y, args.stride, merge.rows, merged);
+        }
+        if (enhancing) add_enhance_row(z, y);
+        write_row(z, y);
       }
-      if (enhancing) {
-        grads.reach(y);
-        add_enhance_row(z, y);
-      }
-      write_row(z, y);
+      next += merges;
     }
   }
 
   void add_merge_row(int64_t z, int64_t y) const {
     const PackedTaps<T>& sums = merge_sums.taps[z];
-    x.rows.find_taps(y * args.stride, sums.window, 0, merge.rows);
-    add_strided_gradients(sums.window, digests.rows.row(y), merge.rows, args.stride,
+    x.rows.find_taps(y * args.stride, sums.window, z, merge.rows);
+    add_strided_gradients(sums.window, digests.rows.row(y, z), merge.rows, args.stride,
                           args.merged_width(), sums.weights);
   }
 
   void add_enhance_row(int64_t z, int64_t y) const {
     const PackedTaps<T>& sums = enhance_sums.taps[z];
-    x.rows.find_taps(y, sums.window, 0, enhance.rows);
-    add_tap_gradients(sums.window, grads.rows.row(y), enhance.rows, args.width, sums.weights);
-    enhance_sums.add_bias(grads.rows.row(y), args.width, z);
+    x.rows.find_taps(y, sums.window, z, enhance.rows);
+    add_tap_gradients(sums.window, grads.rows.row(y, z), enhance.rows, args.width, sums.weights);
+    enhance_sums.add_bias(grads.rows.row(y, z), args.width, z);
   }
 
   // Row y of the gradient of x.
   void write_row(int64_t z, int64_t y) const {
-    S* const to = this->out_row(y);
+    S* const to = this->out_row(y) + z * L;
     const T* const more = merged + args.merge.largest / 2 * L;
     const int64_t channels = args.channels;
-    lane.with_lanes(0, [&](auto lanes) XATTN_LAMBDA_INLINE {
+    group.with_lanes(z, [&](auto lanes) XATTN_LAMBDA_INLINE {
       const auto put = [=](int64_t pixel, auto v) XATTN_LAMBDA_INLINE {
         store_n(to + pixel * channels, v + load(more + pixel * L), lanes);
       };
       if (enhancing) {
-        enhance.convolve(grads.rows, y, z, 0, put);
+        enhance.convolve(grads.rows, y, z, z, put);
       } else {
         for (int64_t pixel = 0; pixel < args.width; ++pixel) put(pixel, vec<T>{});
       }
