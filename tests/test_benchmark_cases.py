@@ -71,10 +71,10 @@ def test_a_plain_copy_computes_the_same_and_leaves_the_model_alone():
 
 
 def test_plain_linears_are_those_of_torch_and_only_within(monkeypatch):
-    monkeypatch.setattr(_linear, "PREFER_ONEDNN", True)
+    monkeypatch.setattr(_linear, "PLAIN", False)
     with baselines.plain_linears():
-        assert not _linear.PREFER_ONEDNN
-    assert _linear.PREFER_ONEDNN
+        assert _linear.PLAIN
+    assert not _linear.PLAIN
 
 
 @pytest.mark.parametrize("prefix", [0, 2])

@@ -1,4 +1,4 @@
-"""The models' linear and MLP: both of their paths against float64."""
+"""The models' linear and MLP: all of their paths against float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from xattn_ops import _linear, _onednn
+from xattn_ops import _linear, _linear_ops
 from xattn_ops._linear import linear, mlp
 
 HAS_ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -32,12 +32,14 @@ SHAPES = [
 @pytest.fixture(params=[pytest.param("onednn", marks=needs_onednn), "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(_linear, "PREFER_ONEDNN", request.param == "onednn")
+    monkeypatch.setattr(_linear, "PLAIN", False)
     return request.param
 
 
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_linear, "PREFER_ONEDNN", True)
+    monkeypatch.setattr(_linear, "PLAIN", False)
 
 
 def random(*shape: int) -> Tensor:
@@ -115,21 +117,43 @@ def test_without_gradients_the_same_numbers(path, activation):
 )
 def test_mlp_matches_float64(path, monkeypatch, rows, k, hidden, n, keep):
     monkeypatch.setattr(_linear, "KEEP_ELEMENTS", keep)
-    monkeypatch.setattr(_onednn, "CHUNK_ELEMENTS", 20_000)
+    monkeypatch.setattr(_linear_ops, "CHUNK_ELEMENTS", 20_000)
     compare(mlp, plain_mlp, mlp_inputs(rows, k, hidden, n))
     compare(mlp, plain_mlp, mlp_inputs(rows, k, hidden, n)[:5])
 
 
-@needs_onednn
-def test_mlp_without_gradients_in_chunks(onednn, monkeypatch):
-    monkeypatch.setattr(_onednn, "CHUNK_ELEMENTS", 2_000)
+def test_mlp_without_gradients_in_chunks(path, monkeypatch):
+    monkeypatch.setattr(_linear, "KEEP_ELEMENTS", 0)
+    monkeypatch.setattr(_linear_ops, "CHUNK_ELEMENTS", 2_000)
     inputs = [t.detach() for t in mlp_inputs((3, 211), 24, 40, 24)]
-    assert len(_onednn._chunks(633, 40)) > 3
+    assert len(_linear_ops._chunks(633, 40)) > 3
     torch.testing.assert_close(mlp(*inputs), plain_mlp(*inputs), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mlp(*inputs[:5]), plain_mlp(*inputs[:5]), rtol=1e-5, atol=1e-5)
 
 
-def test_mlp_whose_residual_is_its_input(path):
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_no_large_hidden_activations(path, monkeypatch, training):
+    """Neither a whole hidden activation nor its gradient is ever asked for."""
+    monkeypatch.setattr(_linear, "KEEP_ELEMENTS", 10_000)
+    monkeypatch.setattr(_linear_ops, "LARGEST_CHUNK", 2_000)
+    inputs = [t.detach().requires_grad_(training) for t in mlp_inputs((900,), 8, 32, 8)]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y = mlp(*inputs)
+        if training:
+            y.sum().backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 900 * 8 * 4 <= largest < 900 * 32 * 4
+
+
+def test_chunks_stay_below_what_malloc_maps(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 128)
+    rows = [part.stop - part.start for part in _linear_ops._chunks(1 << 20, 512)]
+    assert sum(rows) == 1 << 20
+    assert max(rows) * 512 * 4 < 1 << 25
+
+
+def test_mlp_whose_residual_is_its_input(path, monkeypatch):
+    monkeypatch.setattr(_linear, "KEEP_ELEMENTS", 0)
     x, *weights = mlp_inputs((2, 9), 16, 64, 16)[:5]
     (ours,) = torch.autograd.grad(mlp(x, *weights, x).square().sum(), x)
     (plain,) = torch.autograd.grad(plain_mlp(x, *weights, x).square().sum(), x)
@@ -198,9 +222,9 @@ def test_repeats_to_the_bit(path):
         assert torch.equal(a, b)
 
 
-@needs_onednn
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(onednn, dynamic):
+def test_compiles_in_one_graph(path, monkeypatch, dynamic):
+    monkeypatch.setattr(_linear, "KEEP_ELEMENTS", 0)
     torch._dynamo.reset()
 
     def function(x, w, b, w2, b2):
@@ -217,24 +241,35 @@ def test_compiles_in_one_graph(onednn, dynamic):
             torch.testing.assert_close(a, b)
 
 
-@needs_onednn
-def test_leaf_operators_pass_opcheck(onednn):
+def test_leaf_operators_pass_opcheck(path):
     x, w1, b1, w2, b2, residual = [t.detach() for t in mlp_inputs((2, 6), 8, 12, 8)]
     ops, grad, hidden = torch.ops.xattn_ops, torch.randn(2, 6, 8), torch.randn(12, 12)
+    onednn = path == "onednn"
+    for op, arguments in (
+        (ops.mlp_fwd, (x, w1, b1, w2, b2, residual, True, onednn)),
+        (ops.mlp_fwd, (x, w1, b1, w2, b2, None, False, onednn)),
+        (ops.mlp_bwd, (grad, x, w1, b1, w2, hidden, [True] * 5, onednn)),
+        (ops.mlp_bwd, (grad, x, w1, b1, w2, hidden[:0], [False] + [True] * 4, onednn)),
+    ):
+        torch.library.opcheck(op, arguments)
+
+
+@needs_onednn
+def test_linear_leaf_operators_pass_opcheck():
+    x, w1, b1 = [t.detach() for t in linear_inputs((2, 6), 8, 12)]
+    ops, hidden = torch.ops.xattn_ops, torch.randn(12, 12)
     for op, arguments in (
         (ops.onednn_linear_fwd, (x, w1, b1, True)),
         (ops.onednn_linear_fwd, (x, w1, None, False)),
         (ops.onednn_linear_bwd, (hidden.view(2, 6, 12), x, w1, [True, True, True])),
         (ops.onednn_linear_bwd, (hidden.view(2, 6, 12), x, w1, [False, True, False])),
-        (ops.onednn_mlp_fwd, (x, w1, b1, w2, b2, residual, True)),
-        (ops.onednn_mlp_fwd, (x, w1, b1, w2, b2, None, False)),
-        (ops.onednn_mlp_bwd, (grad, x, w1, b1, w2, hidden, [True] * 5)),
-        (ops.onednn_mlp_bwd, (grad, x, w1, b1, w2, hidden[:0], [False] + [True] * 4)),
     ):
         torch.library.opcheck(op, arguments)
 
 
-def test_flops_are_counted(path):
+@pytest.mark.parametrize("keep", [0, 1 << 30], ids=["recompute", "keep"])
+def test_flops_are_counted(path, monkeypatch, keep):
+    monkeypatch.setattr(_linear, "KEEP_ELEMENTS", keep)
     inputs = mlp_inputs((3, 5), 8, 12, 8)
     product = 2 * 15 * 8 * 12
     with FlopCounterMode(display=False) as counter:
@@ -292,6 +327,14 @@ def test_second_derivative_is_refused(onednn):
         grad.sum().backward()
 
 
+def test_second_derivative_of_chunks_is_refused(path, monkeypatch):
+    monkeypatch.setattr(_linear, "KEEP_ELEMENTS", 0)
+    x, *weights = mlp_inputs((4, 6), 8, 12, 8)
+    (grad,) = torch.autograd.grad(mlp(x, *weights).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(path, dtype, grad):
@@ -344,6 +387,17 @@ def test_onednn_switched_off(onednn):
     x, w, b = linear_inputs((4, 6), 8, 12)
     with torch.backends.mkldnn.flags(enabled=False):
         torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b), rtol=0, atol=0)
+
+
+def test_plain_layers(path, monkeypatch):
+    """As the benchmark's baselines have them."""
+    monkeypatch.setattr(_linear, "PLAIN", True)
+    monkeypatch.setattr(_linear, "KEEP_ELEMENTS", 0)
+    inputs = mlp_inputs((40, 6), 8, 12, 8)
+    for fast, plain, count in ((linear, plain_linear, 3), (mlp, plain_mlp, 6)):
+        y = fast(*inputs[:count])
+        assert torch.equal(y, plain(*inputs[:count]))
+        assert "_Mlp" not in str(y.grad_fn)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,24 @@
-"""Linear layers of the models, through oneDNN on the CPUs where that is the faster library.
+"""Linear layers and MLPs of the models: on the CPU faster than calls of F.linear and F.gelu.
 
-In float32 PyTorch multiplies matrices with MKL, which uses half-width vectors on AMD processors
-with AVX-512; oneDNN, built into the same PyTorch, uses full ones and can finish with GELU. There
-`linear` and `mlp` take it, with gradients. Elsewhere, and for other dtypes, under autocast, in
-function transforms, in exported programs and for tensor subclasses, they are plain `F.linear` and
-`F.gelu`. In bfloat16 both libraries are the same, and oneDNN saves the pass for GELU where no
-gradient is asked for.
+- `mlp` takes rows in chunks where the hidden activations would be large, so that memory of that
+  size, whose first touch costs more than the arithmetic, is never asked for; in training it then
+  recomputes them. With gradients.
+- In float32 PyTorch multiplies matrices with MKL, which uses half-width vectors on AMD processors
+  with AVX-512; oneDNN, built into the same PyTorch, uses full ones and can finish with GELU. There
+  `linear` and `mlp` take it, with gradients. In bfloat16 both libraries are the same, and oneDNN
+  saves the pass for GELU where no gradient is asked for.
+- On x86 processors without products of bfloat16 or float16 PyTorch computes those some ten times
+  slower than float32 ones. There the layers multiply in float32 and round the result.
 
-On x86 processors without products of bfloat16 or float16 PyTorch computes those some ten times
-slower than float32 ones. There the layers multiply in float32 and round the result.
+For other dtypes, under autocast, in function transforms, in exported programs and for tensor
+subclasses they are plain `F.linear` and `F.gelu`.
 
 The environment variable XATTN_LINEAR=onednn|torch overrides the choice; torch means plain layers.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import warnings
@@ -26,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import _onednn  # noqa: F401  (defines the leaf ops)
+from . import _linear_ops  # noqa: F401  (defines the leaf ops)
 
-# Hidden activations up to this many elements are kept for backward; larger ones are recomputed,
-# which then costs less than the first touch of the memory, and saves it.
+# Hidden activations up to this many elements stay whole, and are kept for backward. Larger ones go
+# in chunks and are recomputed, which then costs less than the first touch of the memory, and saves
+# it. In training with torch's own products, twice as many are kept.
 KEEP_ELEMENTS = 1 << 22
 
 
@@ -58,6 +63,7 @@ def _prefer_onednn() -> bool:
 
 
 # Decided once, at import, by capability alone: a timing would make results vary between runs.
+PLAIN = os.environ.get("XATTN_LINEAR") == "torch"
 PREFER_ONEDNN = _prefer_onednn()
 BF16 = PREFER_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -95,19 +101,21 @@ def _in_float32(function: Callable[..., Tensor], *tensors: Tensor | None) -> Ten
     return function(*(None if t is None else t.float() for t in tensors)).to(dtype)
 
 
-def _takes_onednn(*tensors: Tensor | None) -> bool:
+def _takes_leaf(*tensors: Tensor | None) -> bool:
+    """Whether the leaf operators take such tensors, with either library."""
     if (
-        not PREFER_ONEDNN
+        PLAIN
         or torch.compiler.is_exporting()  # exported programs hold standard operators only
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or not torch.backends.mkldnn.enabled
         or torch.is_autocast_enabled("cpu")
     ):
         return False
     present = [t for t in tensors if t is not None]
     dtype = present[0].dtype
-    if dtype != torch.float32 and (dtype != torch.bfloat16 or not BF16 or _needs_grad(*present)):
+    if dtype != torch.float32 and (
+        dtype != torch.bfloat16 or not BF16 or not _onednn() or _needs_grad(*present)
+    ):
         return False
     return all(
         t.dtype == dtype
@@ -116,6 +124,16 @@ def _takes_onednn(*tensors: Tensor | None) -> bool:
         and type(t) in (Tensor, torch.nn.Parameter)
         for t in present
     )
+
+
+def _onednn() -> bool:
+    return PREFER_ONEDNN and bool(torch.backends.mkldnn.enabled)
+
+
+def _keeps(x: Tensor, hidden: int, training: bool) -> bool:
+    """Whether the hidden activations of an MLP stay whole."""
+    factor = 2 if training and not _onednn() else 1
+    return math.prod(x.shape[:-1]) * hidden <= KEEP_ELEMENTS * factor
 
 
 def linear(
@@ -130,7 +148,7 @@ def linear(
         activation: None, or "gelu" for the exact (erf) GELU.
 
     Returns:
-        [..., N]. On the oneDNN path gradients are differentiable once.
+        [..., N]. With oneDNN gradients are differentiable once.
 
     Raises:
         ValueError: for an unknown activation, or shapes that do not fit.
@@ -140,7 +158,7 @@ def linear(
     _check_shapes("weight", x, weight, bias)
     if _takes_float32(x, weight, bias):
         return _in_float32(lambda x, w, b: linear(x, w, b, activation), x, weight, bias)
-    if not _takes_onednn(x, weight, bias):
+    if not (_onednn() and _takes_leaf(x, weight, bias)):
         y = F.linear(x, weight, bias)
         return F.gelu(y) if activation else y
     if _needs_grad(x, weight, bias):
@@ -175,7 +193,7 @@ def mlp(
     fc2_bias: Tensor,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + gelu(x W1^T + b1) W2^T + b2, chunk by chunk of the rows.
+    """residual + gelu(x W1^T + b1) W2^T + b2, in chunks of the rows where that is large.
 
     Args:
         x: [..., K], any dtype and device.
@@ -184,7 +202,7 @@ def mlp(
         residual: [..., N] or None for no residual.
 
     Returns:
-        [..., N]. On the oneDNN path gradients are differentiable once.
+        [..., N]. With oneDNN or in chunks gradients are differentiable once.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -199,14 +217,16 @@ def mlp(
     tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
     if _takes_float32(*tensors):
         return _in_float32(mlp, *tensors)
-    if not _takes_onednn(*tensors):
+    needs_grad = _needs_grad(*tensors)
+    keep = _keeps(x, fc1_weight.shape[0], needs_grad)
+    if not _takes_leaf(*tensors) or (keep and not _onednn()):
         y = F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
         return y if residual is None else residual + y
-    if _needs_grad(*tensors):
-        if residual is x:  # torch.compile takes no tensor twice in one Function
-            return residual + _Mlp.apply(*tensors[:5], None)[0]
-        return _Mlp.apply(*tensors)[0]
-    return torch.ops.xattn_ops.onednn_mlp_fwd(*tensors, False)[0]
+    if not needs_grad:
+        return torch.ops.xattn_ops.mlp_fwd(*tensors, False, _onednn())[0]
+    if residual is x:  # torch.compile takes no tensor twice in one Function
+        return residual + _Mlp.apply(*tensors[:5], None, keep, _onednn())[0]
+    return _Mlp.apply(*tensors, keep, _onednn())[0]
 
 
 def _check_shapes(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -247,21 +267,28 @@ class _Linear(torch.autograd.Function):
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, residual: Tensor | None
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        residual: Tensor | None,
+        keep: bool,
+        onednn: bool,
     ) -> tuple[Tensor, Tensor]:
-        keep = x.numel() // x.shape[-1] * w1.shape[0] <= KEEP_ELEMENTS
-        return torch.ops.xattn_ops.onednn_mlp_fwd(x, w1, b1, w2, b2, residual, keep)
+        return torch.ops.xattn_ops.mlp_fwd(x, w1, b1, w2, b2, residual, keep, onednn)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, w1, b1, w2 = inputs[:4]
         ctx.save_for_backward(x, w1, b1, w2, output[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.onednn = inputs[7]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        need = list(ctx.needs_input_grad)
-        grads = torch.ops.xattn_ops.onednn_mlp_bwd(grad, *ctx.saved_tensors, need[:5])
+        need = list(ctx.needs_input_grad[:6])
+        grads = torch.ops.xattn_ops.mlp_bwd(grad, *ctx.saved_tensors, need[:5], ctx.onednn)
         grads = (*grads, grad)  # the residual's gradient is grad itself
-        return tuple(g if n else None for g, n in zip(grads, need, strict=True))
+        return (*(g if n else None for g, n in zip(grads, need, strict=True)), None, None)

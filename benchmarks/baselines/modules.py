@@ -146,10 +146,10 @@ def convolutions_of(module: ConvRelativeAttention) -> tuple[Tensor, ...]:
 
 @contextmanager
 def plain_linears() -> Iterator[None]:
-    """Let the models' linears be F.linear, as those of the official code are."""
-    before = _linear.PREFER_ONEDNN
-    _linear.PREFER_ONEDNN = False
+    """Let the models' linears and MLPs be F.linear and F.gelu, as the official code has them."""
+    before = _linear.PLAIN
+    _linear.PLAIN = True
     try:
         yield
     finally:
-        _linear.PREFER_ONEDNN = before
+        _linear.PLAIN = before
