@@ -13,6 +13,17 @@ constexpr int kPixels = 7;
 // Pixels that one load of a weight gradient's input serves.
 constexpr int kGradPixels = 4;
 
+// The rows of an image that a window reads: row ky begins at top[ky] + corner.
+template <class T>
+struct WindowRows {
+  const T* const* top;
+  int64_t corner;
+
+  const T* operator[](int64_t ky) const { return top[ky] + corner; }
+  // What a smaller window reads whose corner is at value `at` of window row ky.
+  WindowRows from(int64_t ky, int64_t at = 0) const { return {top + ky, corner + at}; }
+};
+
 // The latest rows of an image in scratch, with zeros on all sides so that no tap needs a check. A
 // row is a line of pixels for each vector of channels: the vectors of neighbours lie side by side,
 // so that what a window reads is at constant distances.
@@ -54,11 +65,9 @@ struct PaddedRows {
     return const_cast<T*>(around[margin + y]) + z * line + margin * L;
   }
 
-  // taps[ky] = where window row ky of the pixels of row y begins, for vector z.
-  void find_taps(int64_t y, int64_t window, int64_t z, const T** taps) const {
-    const int64_t corner = z * line + (margin - window / 2) * L;
-    const T* const* top = around + margin + y - window / 2;
-    for (int64_t ky = 0; ky < window; ++ky) taps[ky] = top[ky] + corner;
+  // What a window around pixel 0 of row y reads of vector z.
+  WindowRows<T> window_rows(int64_t y, int64_t window, int64_t z) const {
+    return {around + margin + y - window / 2, z * line + (margin - window / 2) * L};
   }
 };
 
@@ -74,7 +83,7 @@ struct PackedTaps {
 // use(x, bias + sum over ky, kx of taps[ky][x + kx] * weights[ky][kx]) for every pixel of a row.
 // ahead(x) asks for memory that is needed later.
 template <int kWindow, class T, class F, class G>
-XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* taps, int64_t width,
+XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, WindowRows<T> taps, int64_t width,
                                   F use, G ahead) {
   constexpr int L = Lanes<T>::n;
   const int64_t window = kWindow ? kWindow : packed.window;
@@ -123,7 +132,7 @@ XATTN_INLINE void convolve_row_of(const PackedTaps<T>& packed, const T* const* t
 }
 
 template <class T, class F, class G>
-XATTN_INLINE void convolve_row(const PackedTaps<T>& packed, const T* const* taps, int64_t width,
+XATTN_INLINE void convolve_row(const PackedTaps<T>& packed, WindowRows<T> taps, int64_t width,
                                F use, G ahead) {
   switch (packed.window) {
     case 3:
@@ -139,7 +148,7 @@ XATTN_INLINE void convolve_row(const PackedTaps<T>& packed, const T* const* taps
 
 // The same to a line of pixels, with room for whole kPixels of them.
 template <class T, class F>
-__attribute__((noinline)) void convolve_line(const PackedTaps<T>& packed, const T* const* taps,
+__attribute__((noinline)) void convolve_line(const PackedTaps<T>& packed, WindowRows<T> taps,
                                              int64_t width, T* out, F ahead) {
   const auto keep = [=](int64_t x, auto v) XATTN_LAMBDA_INLINE { store(out + x * Lanes<T>::n, v); };
   convolve_row(packed, taps, round_up(width, kPixels), keep, ahead);
@@ -147,8 +156,7 @@ __attribute__((noinline)) void convolve_line(const PackedTaps<T>& packed, const 
 
 // sums[ky][kx] += sum over x of grad[x] * taps[ky][x + kx], for window rows [ky, ky + kRows).
 template <int kWindow, int kRows, class T>
-XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t width,
-                                       T* sums) {
+XATTN_INLINE void add_tap_gradients_of(const T* grad, WindowRows<T> taps, int64_t width, T* sums) {
   constexpr int L = Lanes<T>::n;
   vec<T> acc[kRows][kWindow] = {};
   for (int64_t x = 0; x < width; x += kGradPixels) {
@@ -187,10 +195,9 @@ constexpr int kTapRows = kWindow > 5 ? 1 : 10 / kWindow;
 #endif
 
 template <int kWindow, class T>
-XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int64_t width,
-                                       T* sums) {
+XATTN_INLINE void add_tap_gradients_of(const T* grad, WindowRows<T> taps, int64_t width, T* sums) {
   for_columns<kTapRows<kWindow>, 1>(kWindow, [&](auto rows, int64_t ky) XATTN_LAMBDA_INLINE {
-    add_tap_gradients_of<kWindow, decltype(rows)::value>(grad, taps + ky, width,
+    add_tap_gradients_of<kWindow, decltype(rows)::value>(grad, taps.from(ky), width,
                                                          sums + ky * kWindow * Lanes<T>::n);
   });
 }
@@ -198,8 +205,8 @@ XATTN_INLINE void add_tap_gradients_of(const T* grad, const T* const* taps, int6
 // sums[ky][kx] += sum over the pixels of a row of grad[x] * taps[ky][x + kx]. `grad` is a line of a
 // PaddedRows: beyond the image it is zero.
 template <class T>
-__attribute__((noinline)) void add_tap_gradients(int64_t window, const T* grad,
-                                                 const T* const* taps, int64_t width, T* sums) {
+__attribute__((noinline)) void add_tap_gradients(int64_t window, const T* grad, WindowRows<T> taps,
+                                                 int64_t width, T* sums) {
   switch (window) {
     case 3:
       return add_tap_gradients_of<3>(grad, taps, width, sums);
@@ -210,8 +217,8 @@ __attribute__((noinline)) void add_tap_gradients(int64_t window, const T* grad,
     default:
       for (int64_t ky = 0; ky < window; ++ky) {
         for (int64_t kx = 0; kx < window; ++kx) {
-          const T* shifted[1] = {taps[ky] + kx * Lanes<T>::n};
-          add_tap_gradients_of<1, 1>(grad, shifted, width, sums + (ky * window + kx) * Lanes<T>::n);
+          add_tap_gradients_of<1, 1>(grad, taps.from(ky, kx * Lanes<T>::n), width,
+                                     sums + (ky * window + kx) * Lanes<T>::n);
         }
       }
   }

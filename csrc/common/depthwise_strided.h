@@ -11,8 +11,8 @@ constexpr int kStridedPixels = 4;
 
 // use(x, bias + sum over ky, kx of taps[ky][x * step + kx] * weights[ky][kx]) for x < count.
 template <int kWindow, class T, class F>
-XATTN_INLINE void convolve_strided_of(const PackedTaps<T>& packed, const T* const* taps,
-                                      int64_t step, int64_t count, F use) {
+XATTN_INLINE void convolve_strided_of(const PackedTaps<T>& packed, WindowRows<T> taps, int64_t step,
+                                      int64_t count, F use) {
   constexpr int L = Lanes<T>::n;
   const int64_t window = kWindow ? kWindow : packed.window;
   for_blocks<kStridedPixels>(count, [&](auto size, int64_t x) XATTN_LAMBDA_INLINE {
@@ -36,7 +36,7 @@ XATTN_INLINE void convolve_strided_of(const PackedTaps<T>& packed, const T* cons
 }
 
 template <class T, class F>
-XATTN_INLINE void convolve_strided(const PackedTaps<T>& packed, const T* const* taps, int64_t step,
+XATTN_INLINE void convolve_strided(const PackedTaps<T>& packed, WindowRows<T> taps, int64_t step,
                                    int64_t count, F use) {
   if (packed.window == 7) return convolve_strided_of<7>(packed, taps, step, count, use);
   convolve_strided_of<0>(packed, taps, step, count, use);
@@ -50,7 +50,7 @@ XATTN_INLINE int64_t transposed_window(int64_t window, int64_t step) {
 // sums[ky][kx] += sum over x of grad[x] * taps[ky][x * step + kx], for window rows [ky, ky +
 // kRows).
 template <int kWindow, int kRows, class T>
-XATTN_INLINE void add_strided_gradients_of(const T* grad, const T* const* taps, int64_t step,
+XATTN_INLINE void add_strided_gradients_of(const T* grad, WindowRows<T> taps, int64_t step,
                                            int64_t count, T* sums) {
   constexpr int L = Lanes<T>::n;
   vec<T> acc[kRows][kWindow] = {};
@@ -75,20 +75,20 @@ XATTN_INLINE void add_strided_gradients_of(const T* grad, const T* const* taps, 
 
 template <class T>
 __attribute__((noinline)) void add_strided_gradients(int64_t window, const T* grad,
-                                                     const T* const* taps, int64_t step,
+                                                     WindowRows<T> taps, int64_t step,
                                                      int64_t count, T* sums) {
   constexpr int L = Lanes<T>::n;
   if (window == 7) {
     for_columns<kTapRows<7>, 1>(7, [&](auto rows, int64_t ky) XATTN_LAMBDA_INLINE {
-      add_strided_gradients_of<7, decltype(rows)::value>(grad, taps + ky, step, count,
+      add_strided_gradients_of<7, decltype(rows)::value>(grad, taps.from(ky), step, count,
                                                          sums + ky * 7 * L);
     });
     return;
   }
   for (int64_t ky = 0; ky < window; ++ky) {
     for (int64_t kx = 0; kx < window; ++kx) {
-      const T* shifted[1] = {taps[ky] + kx * L};
-      add_strided_gradients_of<1, 1>(grad, shifted, step, count, sums + (ky * window + kx) * L);
+      add_strided_gradients_of<1, 1>(grad, taps.from(ky, kx * L), step, count,
+                                     sums + (ky * window + kx) * L);
     }
   }
 }

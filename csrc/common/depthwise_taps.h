@@ -102,13 +102,11 @@ struct GroupTaps {
   const ChannelGroup<S>& group;
   const DepthwiseWeights& from;
   PackedTaps<T>* taps;
-  const T** rows;  // of one window
 
   // Without `real` memory the arena only counts.
   GroupTaps(const ChannelGroup<S>& group, const DepthwiseWeights& from, Arena& arena, bool real)
       : group(group), from(from) {
     taps = arena.take<PackedTaps<T>>(count());
-    rows = arena.take<const T*>(from.largest);
     for (int64_t z = 0; z < count(); ++z) {
       T* weights = arena.take<T>(from.largest * from.largest * L);
       T* bias = arena.take<T>(L);
@@ -130,16 +128,16 @@ struct GroupTaps {
   template <class F>
   XATTN_MEMBER void convolve(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line,
                              F use) const {
-    image.find_taps(y, taps[z].window, line, rows);
-    convolve_row(taps[z], rows, image.width, use, [](int64_t) XATTN_LAMBDA_INLINE {});
+    convolve_row(taps[z], image.window_rows(y, taps[z].window, line), image.width, use,
+                 [](int64_t) XATTN_LAMBDA_INLINE {});
   }
   // The same as a line, for windows that leave `use` no registers. ahead(x) asks for memory, a
   // pixel at a time, where the arithmetic hides it.
   template <class F>
   const T* convolve_line(const PaddedRows<T>& image, int64_t y, int64_t z, int64_t line,
                          F ahead) const {
-    image.find_taps(y, taps[z].window, line, rows);
-    XATTN_ISA::convolve_line(taps[z], rows, image.width, image.convolved, ahead);
+    XATTN_ISA::convolve_line(taps[z], image.window_rows(y, taps[z].window, line), image.width,
+                             image.convolved, ahead);
     return image.convolved;
   }
 
@@ -155,8 +153,8 @@ struct GroupTaps {
   // Adds row y of grad (*) image, where grad is the gradient of the convolution's output.
   void add_row(const PaddedRows<T>& image, const PaddedRows<T>& grad, int64_t y) const {
     for (int64_t z = 0; z < count(); ++z) {
-      image.find_taps(y, taps[z].window, z, rows);
-      add_tap_gradients(taps[z].window, grad.row(y, z), rows, image.width, taps[z].weights);
+      add_tap_gradients(taps[z].window, grad.row(y, z), image.window_rows(y, taps[z].window, z),
+                        image.width, taps[z].weights);
     }
   }
   // Adds row y of grad to the sums of the bias.

@@ -103,8 +103,8 @@ struct Forward : Merge<S> {
   void merge_row(int64_t z, int64_t y) const {
     const int64_t first = (image * args.merged_height() + y) * args.merged_width();
     S* to = static_cast<S*>(args.digests) + first * args.channels + group.first;
-    x.rows.find_taps(y * args.stride, merge.taps[z].window, z, merge.rows);
-    convolve_strided(merge.taps[z], merge.rows, args.stride, args.merged_width(),
+    const auto rows = x.rows.window_rows(y * args.stride, merge.taps[z].window, z);
+    convolve_strided(merge.taps[z], rows, args.stride, args.merged_width(),
                      [&](int64_t pixel, auto v)
                          XATTN_LAMBDA_INLINE { group.put(to + pixel * args.channels, z, v); });
   }
@@ -119,6 +119,7 @@ struct Backward : Merge<S> {
   TokenRows<S> x, digests, grads;  // grads: of the enhanced tokens
   GroupTaps<S> merge, merge_sums, enhance, enhance_sums;
   T* merged;  // what a row of x takes of the digests, and as much as windows reach beyond it
+  const T** reaching;  // the rows of digests whose windows reach one of x
   int64_t bytes;
 
   Backward(const MergeArgs& a, void* memory) : Backward(a, Arena(memory), memory != nullptr) {}
@@ -135,6 +136,7 @@ struct Backward : Merge<S> {
         enhance(group, a.enhance, arena, real),
         enhance_sums(group, a.enhance, arena, real) {
     merged = arena.take<T>((a.width + a.stride + a.merge.largest) * L);
+    reaching = arena.take<const T*>(a.merge.largest);
     bytes = arena.used();
   }
 
@@ -181,7 +183,7 @@ struct Backward : Merge<S> {
       for (int64_t z = 0; z < group.vectors; ++z) {
         if (merges) add_merge_row(z, next);
         if (merging) {
-          transpose_row(merge.taps[z], digests.rows, z, first, y, args.stride, merge.rows, merged);
+          transpose_row(merge.taps[z], digests.rows, z, first, y, args.stride, reaching, merged);
         }
         if (enhancing) add_enhance_row(z, y);
         write_row(z, y);
@@ -192,15 +194,15 @@ struct Backward : Merge<S> {
 
   void add_merge_row(int64_t z, int64_t y) const {
     const PackedTaps<T>& sums = merge_sums.taps[z];
-    x.rows.find_taps(y * args.stride, sums.window, z, merge.rows);
-    add_strided_gradients(sums.window, digests.rows.row(y, z), merge.rows, args.stride,
+    const auto rows = x.rows.window_rows(y * args.stride, sums.window, z);
+    add_strided_gradients(sums.window, digests.rows.row(y, z), rows, args.stride,
                           args.merged_width(), sums.weights);
   }
 
   void add_enhance_row(int64_t z, int64_t y) const {
     const PackedTaps<T>& sums = enhance_sums.taps[z];
-    x.rows.find_taps(y, sums.window, z, enhance.rows);
-    add_tap_gradients(sums.window, grads.rows.row(y, z), enhance.rows, args.width, sums.weights);
+    add_tap_gradients(sums.window, grads.rows.row(y, z), x.rows.window_rows(y, sums.window, z),
+                      args.width, sums.weights);
     enhance_sums.add_bias(grads.rows.row(y, z), args.width, z);
   }
 
