@@ -266,17 +266,8 @@ class _Linear(torch.autograd.Function):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-        residual: Tensor | None,
-        keep: bool,
-        onednn: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.xattn_ops.mlp_fwd(x, w1, b1, w2, b2, residual, keep, onednn)
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.xattn_ops.mlp_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
